@@ -1,0 +1,118 @@
+"""Tables of README and docs, made from the committed lines of docs/results and from nothing else."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from convrot_bench.methods import METHODS
+from convrot_bench.results import load
+
+Rows = list[dict[str, Any]]
+
+
+def _figure(rows: Rows, method: str, case: str) -> float | None:
+    """Median over the committed runs."""
+    values = [r["ours"] for r in rows if r["case"] == f"{method}/{case}"]
+    return median(values) if values else None
+
+
+def quality_table(rows: Rows) -> str:
+    """One line a method: errors, image figures, caption accuracy, bytes; the shape and the machine above."""
+    rows = [r for r in rows if r["bench"] == "quality"]
+    if not rows:
+        return "No quality runs are committed yet."
+    parts = []
+    for shape in dict.fromkeys(str(r["shape"]) for r in rows):
+        some = [r for r in rows if str(r["shape"]) == shape]
+        parts.append(_quality_of(some))
+    return "\n\n".join(parts)
+
+
+def _quality_of(rows: Rows) -> str:
+    shape, last = rows[0]["shape"], rows[-1]
+    head = (
+        f"mini-flux, {shape['prompts']} held-out captions, {shape['steps']} steps, bf16, {last['gpu']}, "
+        f"torch {last['torch']}, {len({r['run_id'] for r in rows})} run(s). "
+        "Errors are against the BF16 pictures of the same noise."
+    )
+    columns = (
+        "| method | layers quantized | layer rel. L2, median (p95) | PSNR dB | SSIM "
+        "| object | colour | relation | all three | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    )
+    titles = {"bf16": "BF16", **{m.name: m.title + (" *" if m.emulated else "") for m in METHODS}, "chance": "chance"}
+    lines = [
+        _quality_line(rows, name, title) for name, title in titles.items() if _figure(rows, name, "object") is not None
+    ]
+    note = "\\* emulated in fp32, the paper's layers and scales; chance: BF16 pictures against the captions of others."
+    return "\n".join([head, "", *columns, *lines, "", note])
+
+
+def _quality_line(rows: Rows, name: str, title: str) -> str:
+    def text(case: str, form: Callable[[float], str]) -> str:
+        value = _figure(rows, name, case)
+        return "" if value is None else form(value)
+
+    errors = text("layer_l2_median", "{:.3f}".format)
+    if errors:
+        errors += text("layer_l2_p95", " ({:.3f})".format)
+    first = next(r for r in rows if r["case"].startswith(f"{name}/"))
+    layers = f"{first['layers']} of {first['layers_planned']}" if "layers" in first else ""
+    accuracy = [text(c, "{:.1%}".format) for c in ("object", "color", "relation", "caption_accuracy")]
+    figures = [
+        text("psnr_db", "{:.2f}".format),
+        text("ssim", "{:.3f}".format),
+        *accuracy,
+        text("bytes", lambda b: f"{b / 1e6:.1f}"),
+    ]
+    return "| " + " | ".join([title, layers, errors, *figures]) + " |"
+
+
+def ops_table(rows: Rows) -> str:
+    """One line a case, shape and backend: medians over the committed runs."""
+    rows = [r for r in rows if r["bench"] == "ops"]
+    if not rows:
+        return "No op runs are committed yet."
+    lines = [
+        "| case | backend | shape | us | times its baseline | baseline | machine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups: dict[tuple[str, ...], Rows] = {}
+    for r in rows:
+        shape = " x ".join(f"{k}={v}" for k, v in r["shape"].items())
+        groups.setdefault((r["case"], r["backend"], shape, r["baseline_name"], r["gpu"]), []).append(r)
+    for (case, backend, shape, baseline, gpu), some in groups.items():
+        us, times = median(r["ours"] for r in some), median(r["ratio"] for r in some)
+        lines.append(f"| {case} | {backend} | {shape} | {us:.1f} | {times:.2f} | {baseline} | {gpu} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {"quality": quality_table, "ops": ops_table}
+_BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def fill(text: str, rows: Rows) -> str:
+    """Replace what stands between `<!-- results:NAME -->` and `<!-- /results -->` by the table NAME."""
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"report: unknown table {match[2]!r}; use one of {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[match[2]](rows)}\n\n{match[3]}"
+
+    return _BLOCK.sub(table, text)
+
+
+def update(results: Iterable[Path], pages: Iterable[Path], *, check: bool) -> list[Path]:
+    """Fill the pages from the result files; returns those that changed (or with `check`, would change)."""
+    rows = load(results)
+    changed = []
+    for page in pages:
+        old = page.read_text()
+        new = fill(old, rows)
+        if new != old:
+            changed.append(page)
+            if not check:
+                page.write_text(new)
+    return changed

@@ -1,0 +1,102 @@
+"""How often the pipeline draws what the caption says, by the judge's reading, with the level of chance beside it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mini_flux.judge import Judge, Verdict, judge_images, load_judge, read
+from mini_flux.parts import IMAGE_SIZE, T5_LENGTH
+from mini_flux.scenes import Scene, caption, held_out_scenes
+
+SEED = 100  # the first image's; tuning elsewhere keeps to seeds below
+CHANCE_SHIFTS = range(1, 21)
+
+
+def draw_captions(
+    pipe: Any, captions: Sequence[str], *, steps: int = 20, seed: int = SEED, batch: int = 20, guidance: float = 3.5
+) -> Tensor:
+    """Pictures (B, 3, 128, 128) in 0..1 by the stock FluxPipeline; picture i has the noise of seed + i in any batch."""
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for start in tqdm(range(0, len(captions), batch), desc=f"{steps}-step pictures, {batch} at a time"):
+        some = list(captions[start : start + batch])
+        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(some))]
+        with torch.inference_mode():
+            out = pipe(
+                some, height=IMAGE_SIZE, width=IMAGE_SIZE, num_inference_steps=steps, guidance_scale=guidance,
+                max_sequence_length=T5_LENGTH, generator=generators, output_type="np",
+            )  # fmt: skip
+        images.append(torch.from_numpy(np.asarray(out.images)).permute(0, 3, 1, 2).float())
+    return torch.cat(images)
+
+
+def chance(seen: Tensor, scenes: Sequence[Scene]) -> Verdict:
+    """The same pictures against captions of other pictures: the mean over shifts of the list."""
+    shifted = [judge_images(seen, [*scenes[k:], *scenes[:k]]) for k in CHANCE_SHIFTS if k < len(scenes)]
+    mean = {f: sum(getattr(v, f) for v in shifted) / len(shifted) for f in Verdict.__dataclass_fields__}
+    return Verdict(**mean | {"images": len(scenes)})
+
+
+def read_images(judge: Judge, images: Tensor, at_once: int = 100) -> Tensor:
+    """(B, 3, 128, 128) -> (B, heads), a hundred pictures at a time."""
+    return torch.cat([read(judge, images[i : i + at_once]) for i in range(0, len(images), at_once)])
+
+
+def evaluate(
+    folder: Path, judge_file: Path, *, captions: int, steps: int, device: str, sheet: Path | None = None
+) -> dict[str, Any]:
+    """BF16 figures of a pipeline folder over held-out captions; `sheet`: a PNG of the first 48 pictures."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to(device)
+    scenes = held_out_scenes(captions)
+    images = draw_captions(pipe, [caption(s) for s in scenes], steps=steps)
+    seen = read_images(load_judge(judge_file), images)
+    if sheet is not None:
+        save_sheet(images[:48], scenes[:48], sheet)
+    return {
+        "pipeline": folder.name, "dtype": "bfloat16", "steps": steps, "captions": captions, "seed": SEED,
+        "accuracy": asdict(judge_images(seen, scenes)), "chance": asdict(chance(seen, scenes)),
+        "judge_on_held_out_renderings": judge_figures(judge_file),
+    }  # fmt: skip
+
+
+def judge_figures(judge_file: Path) -> dict[str, float]:
+    """What the judge scored on held-out renderings when it was trained: kept in its file."""
+    from safetensors import safe_open
+
+    with safe_open(judge_file, "pt") as f:
+        figures: dict[str, float] = json.loads(f.metadata()["held_out_renderings"])
+    return figures
+
+
+def save_sheet(images: Tensor, scenes: Sequence[Scene], path: Path, columns: int = 6) -> None:
+    """Pictures with their captions under them, as one PNG."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size, line, margin = IMAGE_SIZE, 11, 8
+    font = ImageFont.load_default(size=10)
+    cell_w, cell_h = size + margin * 2 + 8, size + margin + 4 * line + 6
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (cell_w * columns + margin, cell_h * rows + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, scene) in enumerate(zip(images, scenes, strict=True)):
+        x, y = margin + i % columns * cell_w, margin + i // columns * cell_h
+        pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels).resize((size + 16, size + 16), Image.Resampling.LANCZOS), (x, y))
+        draw.multiline_text((x, y + size + 18), _wrap(caption(scene), 27), fill="black", font=font, spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def _wrap(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))

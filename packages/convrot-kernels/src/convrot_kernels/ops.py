@@ -1,0 +1,237 @@
+"""The ops: schema, fake and implementation of each, registered with torch.library in the namespace `convrot`.
+
+Every call goes checks.py -> dispatch.py -> a backend. The ops are opaque to torch.compile and safe under autocast.
+`rotate` is differentiable (it is its own adjoint). The others are not: backward through them raises.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from convrot_kernels import checks, dispatch
+from convrot_kernels.layouts import LAYOUTS
+
+_OPTIONS = "int group_size=256, int bits=4, *, bool packed=False, str rule='absmax', float clip=1.0"
+_PAIR = "Tensor a, Tensor b, Tensor? a_scale=None, Tensor? b_scale=None, Tensor? bias=None"
+_LAYOUT = "str b_layout='row_major'"
+SCHEMAS = (
+    "rotate(Tensor x, int group_size=256) -> Tensor",
+    f"rotate_quantize(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"rotate_quantize_gelu(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"rotate_quantize_modulate(Tensor x, Tensor scale, Tensor shift, float eps=1e-6, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"rotate_quantize_silu_mul(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"rotate_quantize_cat_gelu(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"scaled_mm({_PAIR}, ScalarType? out_dtype=None, *, {_LAYOUT}) -> Tensor",
+    f"scaled_mm_out(Tensor(a!) out, {_PAIR}, *, {_LAYOUT}) -> ()",
+    "scaled_mm_gate_residual(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, Tensor gate, "
+    f"Tensor residual, *, {_LAYOUT}) -> Tensor",
+    "pack_int4(Tensor codes) -> Tensor",
+    "unpack_int4(Tensor packed) -> Tensor",
+)
+
+_LIBRARY = torch.library.Library("convrot", "DEF")
+
+
+def _register(schema: str) -> None:
+    """Define one op; its check in checks.py and its functions in the backends bear the name in the schema."""
+    op = schema.partition("(")[0]
+    check: Callable[..., tuple[checks.Result, ...]] = getattr(checks, op)
+
+    def run(first: Tensor, *args: Any, **options: Any) -> Any:
+        check(first, *args, **options)
+        function = dispatch.select(op, first.device)
+        with torch.no_grad(), _no_autocast(first.device.type):
+            return function(first, *args, **options)
+
+    def fake(first: Tensor, *args: Any, **options: Any) -> Any:
+        results = [first.new_empty(shape, dtype=dtype) for shape, dtype in check(first, *args, **options)]
+        return tuple(results) if len(results) > 1 else next(iter(results), None)
+
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"{op}: not differentiable, its codes are integers, got inputs that require grad; "
+            "call it under torch.no_grad() or detach them"
+        )
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"convrot::{op}", fake, lib=_LIBRARY)
+    if op not in ("rotate", "scaled_mm_out"):  # torch takes no formula for an op that writes into an argument
+        torch.library.register_autograd(f"convrot::{op}", backward, lib=_LIBRARY)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would turn the fp32 products inside an op into 16-bit ones."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _save_group_size(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.group_size = inputs[1]
+
+
+def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return rotate(grad, ctx.group_size), None
+
+
+for _schema in SCHEMAS:
+    _register(_schema)
+torch.library.register_autograd("convrot::rotate", _rotate_backward, setup_context=_save_group_size, lib=_LIBRARY)
+
+
+def rotate(x: Tensor, group_size: int = 256) -> Tensor:
+    """(..., K) fp16, bf16 or fp32 -> (..., K), same dtype: every group of `group_size` columns times H.
+
+    H is the regular Hadamard matrix over sqrt(group_size), group_size 16, 64, 256 or 1024. Its own inverse.
+    Sums are at least fp32, rounded once to x.dtype. Differentiable.
+    """
+    return torch.ops.convrot.rotate(x, group_size)
+
+
+def rotate_quantize(
+    x: Tensor, group_size: int = 256, bits: int = 4, *, packed: bool = False, rule: str = "absmax", clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(..., K) -> codes int8 (..., K) or, packed, uint8 (..., K/2); scale fp32 (...).
+
+    scale = max(clip * absmax(rotated row) / qmax, 1e-10), codes = clamp(round_half_even(rotated / scale), -qmax, qmax);
+    qmax is 7 (bits=4) or 127 (bits=8). `packed` needs bits=4: low nibble = even column, two's complement.
+    A row that holds inf or NaN, or whose rotation leaves fp32, gets scale NaN and codes 0.
+    """
+    return torch.ops.convrot.rotate_quantize(x, group_size, bits, packed=packed, rule=rule, clip=clip)
+
+
+def rotate_quantize_gelu(
+    x: Tensor, group_size: int = 256, bits: int = 4, *, packed: bool = False, rule: str = "absmax", clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(..., K) -> rotate_quantize(gelu(x)): tanh gelu in fp32, rounded once to x.dtype."""
+    return torch.ops.convrot.rotate_quantize_gelu(x, group_size, bits, packed=packed, rule=rule, clip=clip)
+
+
+def rotate_quantize_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float = 1e-6,
+    group_size: int = 256,
+    bits: int = 4,
+    *,
+    packed: bool = False,
+    rule: str = "absmax",
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """x (B, ..., K), scale and shift (B, K) or (K,) -> rotate_quantize(layer_norm(x) * (1 + scale) + shift).
+
+    LayerNorm over K without affine part, variance in two passes; all in fp32, rounded once to x.dtype.
+    """
+    return torch.ops.convrot.rotate_quantize_modulate(
+        x, scale, shift, eps, group_size, bits, packed=packed, rule=rule, clip=clip
+    )
+
+
+def rotate_quantize_silu_mul(
+    x: Tensor,
+    y: Tensor,
+    group_size: int = 256,
+    bits: int = 4,
+    *,
+    packed: bool = False,
+    rule: str = "absmax",
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """x, y (..., K), one dtype -> rotate_quantize(silu(x) * y), in fp32, rounded once to x.dtype."""
+    return torch.ops.convrot.rotate_quantize_silu_mul(x, y, group_size, bits, packed=packed, rule=rule, clip=clip)
+
+
+def rotate_quantize_cat_gelu(
+    x: Tensor,
+    y: Tensor,
+    group_size: int = 256,
+    bits: int = 4,
+    *,
+    packed: bool = False,
+    rule: str = "absmax",
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """x (..., K1), y (..., K2), one dtype -> rotate_quantize([x | gelu(y)]) over K = K1 + K2, one scale a row.
+
+    K1 and K2 are multiples of group_size; gelu as in rotate_quantize_gelu.
+    """
+    return torch.ops.convrot.rotate_quantize_cat_gelu(x, y, group_size, bits, packed=packed, rule=rule, clip=clip)
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> Tensor:
+    """(..., K) x (N, K) -> (..., N): (acc * a_scale) * b_scale + bias, each step in fp32, then one rounding.
+
+    a: int8 codes (..., K), uint8 packed codes (..., K/2), both with a_scale fp32 (...) and exact integer sums,
+    or fp16, bf16, fp32 values (..., K) without a_scale and with fp32 sums. b: uint8 packed (N, K/2) or int8 (N, K)
+    in the order `b_layout`, with b_scale fp32 (N,). bias (N,). out_dtype: default bf16 for codes, a.dtype for values.
+    """
+    return torch.ops.convrot.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, b_layout=b_layout)
+
+
+def scaled_mm_out(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> None:
+    """scaled_mm written into out (..., N), fp16, bf16 or fp32; out may be a slice of a larger tensor."""
+    torch.ops.convrot.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
+
+
+def scaled_mm_gate_residual(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
+    *,
+    b_layout: str = "row_major",
+) -> Tensor:
+    """residual (B, ..., N), gate (B, N) or (N,) -> residual + gate * y, fp32, rounded once to residual.dtype.
+
+    y is what scaled_mm computes from the other arguments, before its last rounding.
+    """
+    return torch.ops.convrot.scaled_mm_gate_residual(a, b, a_scale, b_scale, bias, gate, residual, b_layout=b_layout)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """int8 (..., K), K even, codes in [-8, 7] -> uint8 (..., K/2): low nibble = even column, two's complement.
+
+    Contents are not checked: of a code outside the range the low four bits are kept.
+    """
+    return torch.ops.convrot.pack_int4(codes)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """uint8 (..., K/2) -> int8 (..., K): the inverse of pack_int4."""
+    return torch.ops.convrot.unpack_int4(packed)
+
+
+def prepare_weight(weight: Tensor, layout: str) -> Tensor:
+    """Row-major codes, int8 (N, K) or packed uint8 (N, K/2) -> the same codes in the resident order `layout`."""
+    checks.weight_layout("prepare_weight", weight, layout)
+    return LAYOUTS[layout].prepare(weight)
+
+
+def restore_weight(weight: Tensor, layout: str) -> Tensor:
+    """Codes in the resident order `layout` -> row-major, bit for bit what prepare_weight was given."""
+    checks.weight_layout("restore_weight", weight, layout)
+    return LAYOUTS[layout].restore(weight)

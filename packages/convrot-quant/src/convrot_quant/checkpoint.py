@@ -1,0 +1,236 @@
+"""save_quantized and load_quantized: safetensors shards, the plan in every header, strict and bit-equal loading.
+
+On disk, 4-bit codes are I8 (N, K/2), row-major, low nibble = even column; scales are F32 (N,): as in ComfyUI's files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from convrot_quant.folders import replace_folder
+from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.manifest import (
+    FORMAT_VERSION,
+    INDEX,
+    PLAN_KEY,
+    VERSION_KEY,
+    VERSIONS_KEY,
+    WEIGHTS,
+    CheckpointError,
+    Manifest,
+    read_manifest,
+)
+from convrot_quant.patch import plan_of
+
+PACKAGES = ("convrot-quant", "convrot-kernels", "torch", "diffusers")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+_DTYPES |= {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of what a checkpoint was written with."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_quantized(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Write a quantized model as a folder: config.json and safetensors. The folder appears whole or not at all."""
+    check_saveable(model)
+    with replace_folder(folder, overwrite=overwrite) as building:
+        write_quantized(model, building, max_shard_size=max_shard_size, progress=progress)
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Errors for a model that save_quantized cannot write."""
+    if not hasattr(model, "save_config"):
+        raise ValueError(f"save_quantized: expected a diffusers model with save_config; got {type(model).__name__}")
+    if not any(isinstance(module, ConvLinear4bit) for module in model.modules()):
+        raise ValueError(f"save_quantized: {type(model).__name__} is not quantized; quantize_ it first")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Linear):
+            raise ValueError(f"save_quantized: {name!r} is a LoRA layer; unload the LoRA first, it is saved apart")
+
+
+def write_quantized(model: nn.Module, folder: Path, *, max_shard_size: int | str, progress: bool = False) -> None:
+    """Write into an existing folder; one shard at a time is on the CPU. save_quantized adds the atomic rename."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"save_quantized: {name!r} is on the meta device and has no values; load or onload it first"
+            )
+    model.save_config(folder)  # type: ignore[operator]
+    metadata = _metadata(model)
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    tied, packed = _tied(state), _packed_names(model)
+    # tied tensors are written once per name, each with its own storage, as safetensors asks
+    state = {name: tensor.clone() if name in tied else tensor for name, tensor in state.items()}
+    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for filename, names in tqdm(split.filename_to_tensors.items(), desc="save", unit="shard", disable=not progress):
+        shard = {name: _to_disk(state[name], packed=name in packed) for name in names}
+        save_file(shard, str(folder / filename), metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_quantized(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, progress: bool = False
+) -> nn.Module:
+    """Read a folder of save_quantized: built on the meta device, then every tensor assigned, strictly, bit for bit.
+
+    `dtype` casts what is in 16 bits (and biases) after loading; codes and scales are never cast.
+    """
+    manifest = read_manifest(folder)
+    model = build_quantized(manifest)
+    check_tensors(manifest, model)
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, header in manifest.tensors.items():
+        by_file[header.file].append(name)
+    state: dict[str, Tensor] = {}
+    packed = _packed_names(model)
+    for path, names in tqdm(by_file.items(), desc="load", unit="shard", disable=not progress):
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            for name in names:
+                tensor = file.get_tensor(name)
+                state[name] = tensor.view(torch.uint8) if name in packed else tensor
+    model.load_state_dict(state, strict=True, assign=True)
+    model.to(device)  # buffers that are not in the state_dict
+    if dtype is not None:
+        _cast(model, dtype)
+    model.convrot_plan = manifest.plan  # type: ignore[assignment]  # a dict, not a Module: for saving again
+    return model.eval()
+
+
+def build_quantized(manifest: Manifest) -> nn.Module:
+    """The model of a manifest with its parameters on the meta device, planned layers already ConvLinear4bit."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    class_name = manifest.config["_class_name"]
+    model_class: Any = getattr(diffusers, class_name, None)
+    if model_class is None or not issubclass(model_class, diffusers.ModelMixin):
+        raise CheckpointError(
+            f"{manifest.folder}: diffusers {diffusers.__version__} has no model {class_name}; upgrade diffusers"
+        )
+    with _default_dtype(manifest), init_empty_weights():
+        model = model_class.from_config(manifest.config)
+    dtypes = {layer.name: getattr(torch, layer.dtype) for layer in manifest.plan.layers}
+    for name, scheme in manifest.plan.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"{manifest.folder}: the plan names {name!r}, which {class_name} lacks") from None
+        if type(linear) is not nn.Linear or linear.in_features % scheme.group_size:
+            raise CheckpointError(
+                f"{manifest.folder}: the plan's {scheme.name} g{scheme.group_size} does not fit {name!r}"
+            )
+        layer = ConvLinear4bit(
+            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, device="meta"
+        )
+        layer.compute_dtype = dtypes[name]
+        model.set_submodule(name, layer)
+    return model
+
+
+def check_tensors(manifest: Manifest, model: nn.Module) -> None:
+    """Every tensor of the model is in the files with its shape and, where the format fixes it, dtype; and no other."""
+    expected = model.state_dict()
+    lacking, unknown = expected.keys() - manifest.tensors.keys(), manifest.tensors.keys() - expected.keys()
+    for names, what in ((lacking, "lacks"), (unknown, "has an unknown")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{manifest.folder}: {what} tensor {min(names)!r}{more}; save the model again")
+    for name, tensor in expected.items():
+        header = manifest.tensors[name]
+        if header.shape != tuple(tensor.shape):
+            raise CheckpointError(f"{manifest.folder}: {name!r} must be {tuple(tensor.shape)}, got {header.shape}")
+        if header.dtype not in _fitting_dtypes(name, tensor, manifest):
+            raise CheckpointError(f"{manifest.folder}: {name!r} must not be {header.dtype}; save the model again")
+
+
+def _fitting_dtypes(name: str, tensor: Tensor, manifest: Manifest) -> tuple[str, ...]:
+    layer, _, leaf = name.rpartition(".")
+    if layer in manifest.plan and leaf != "bias":
+        return ("I8",) if leaf == "weight" else ("F32",)
+    if tensor.is_floating_point():
+        return ("BF16", "F16", "F32", "F64")
+    return tuple(key for key, dtype in _DTYPES.items() if dtype == tensor.dtype)
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    plan = json.dumps(plan_of(model).to_dict(), separators=(",", ":"))
+    written_with = json.dumps(versions(), separators=(",", ":"))
+    return {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), PLAN_KEY: plan, VERSIONS_KEY: written_with}
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, ConvLinear4bit))
+    return {f"{name}.weight" for name, module in layers if module.scheme.weight_bits == 4}
+
+
+@contextmanager
+def _default_dtype(manifest: Manifest) -> Iterator[None]:
+    """The layers' dtype as torch's default while a model is built, as diffusers does: computed buffers depend on it."""
+    dtypes = Counter(layer.dtype for layer in manifest.plan.layers).most_common(1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtypes[0][0]) if dtypes else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast 16-bit values; scales, codes and what the model wants in fp32 keep their dtype."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not kept & set(name.split(".")) and not name.endswith(".weight_scale"):
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, ConvLinear4bit):
+            module.compute_dtype = dtype
+
+
+def _tied(state: dict[str, Tensor]) -> set[str]:
+    """The names whose storage an earlier name of the state_dict has too."""
+    seen: set[int] = set()
+    names = set()
+    for name, tensor in state.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer and pointer in seen:
+            names.add(name)
+        seen.add(pointer)
+    return names
+
+
+def _to_disk(tensor: Tensor, *, packed: bool) -> Tensor:
+    """Contiguous, on the CPU, packed codes viewed as I8 as the format asks."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    return tensor.view(torch.int8) if packed else tensor

@@ -1,0 +1,5 @@
+"""The `convrot` command: quantize, inspect, generate, compare, doctor. One file per command."""
+
+from convrot_quant.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,26 @@
+"""The typer application: which commands there are, in the order of --help."""
+
+from __future__ import annotations
+
+import typer
+
+from convrot_quant.cli import compare, doctor, generate, inspect, quantize
+from convrot_quant.cli.output import sentences
+
+app = typer.Typer(
+    name="convrot",
+    help="4-bit diffusion transformers: quantize, look inside, generate, compare. No calibration, no retraining.",
+    epilog="Exit codes: 0 done, 1 failed (one sentence on stderr), 2 wrong usage. CONVROT_DEBUG=1 shows tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS = {"quantize": quantize, "inspect": inspect, "generate": generate, "compare": compare, "doctor": doctor}
+for name, module in COMMANDS.items():
+    app.command(name, epilog=module.EXAMPLES)(sentences(module.command))
+
+
+def main() -> None:
+    """Entry point of the `convrot` script."""
+    app()

@@ -1,0 +1,85 @@
+"""convrot compare: several presets against the 16-bit model, on the same prompts and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convrot_quant.cli.generate import preset_variant, write_sheet
+from convrot_quant.cli.options import (
+    Device,
+    DType,
+    Dtype,
+    Guidance,
+    Height,
+    Json,
+    MaxSequenceLength,
+    Model,
+    NumImages,
+    Prompt,
+    PromptsFile,
+    Quiet,
+    Seed,
+    Steps,
+    Width,
+    read_device,
+    read_prompts,
+)
+from convrot_quant.cli.output import Output, figures_table, hush
+from convrot_quant.compare import compare
+from convrot_quant.generation import Settings, call_arguments
+from convrot_quant.pipeline import load_pipeline, open_folder
+from convrot_quant.presets import PRESETS
+
+EXAMPLES = """Examples:
+
+convrot compare ./FLUX.1-dev --preset ours --preset paper --prompt "a red cube" --sheet presets.png
+
+convrot compare ./FLUX.1-dev --prompts-file prompts.txt --num-images 2 --json
+"""
+
+
+def command(
+    model: Model,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeatable: {', '.join(PRESETS)}. Default: ours, paper.", metavar="NAME"),
+    ] = None,
+    prompt: Prompt = None,
+    prompts_file: PromptsFile = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write all images side by side to this PNG.")] = None,
+    seed: Seed = 0,
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    num_images: NumImages = 1,
+    max_sequence_length: MaxSequenceLength = None,
+    device: Device = "auto",
+    dtype: Dtype = DType.bfloat16,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure presets against the 16-bit model: image errors, per-layer errors, bytes, seconds."""
+    output = Output(json, quiet)
+    hush(quiet=quiet)
+    prompts = read_prompts(prompt, prompts_file)
+    settings = Settings(seed, steps, guidance, height, width, num_images, max_sequence_length)
+    folder, place = open_folder(model), read_device(device)
+    if folder.is_quantized:
+        raise ValueError(f"{folder.root} is quantized; compare starts from the 16-bit model")
+    pipe = load_pipeline(folder, dtype=dtype.torch, device=place)
+    path = folder.transformers["transformer"]
+    names = list(dict.fromkeys(preset or ["ours", "paper"]))
+    variants = [preset_variant(path, pipe, name, dtype.torch, place, output.progress) for name in names]
+    results = compare(pipe, variants, prompts, settings, progress=output.progress)
+    output.show(figures_table(results))
+    data = {"settings": asdict(settings), "prompts": prompts, "results": [r.to_dict(results[0]) for r in results]}
+    if sheet is not None:
+        write_sheet(sheet, results, type(pipe.transformer).__name__, settings, call_arguments(pipe, settings))
+        output.show(f"sheet: {sheet}")
+        data["sheet"] = str(sheet)
+    output.result(data)

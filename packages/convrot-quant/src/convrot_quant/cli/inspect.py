@@ -1,0 +1,64 @@
+"""convrot inspect: the plan of a 16-bit model, or what is in a quantized folder; no weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convrot_quant.cli.options import DType, Dtype, Json, Keep, Model, Override, Preset, Quiet, check_globs, read_config
+from convrot_quant.cli.output import Output, hush
+from convrot_quant.manifest import is_quantized, read_manifest
+from convrot_quant.patch import plan
+from convrot_quant.pipeline import meta_transformer, open_folder
+from convrot_quant.plans import Plan, size_text
+
+EXAMPLES = """Examples:
+
+convrot inspect ./FLUX.1-dev --preset paper-mixed
+
+convrot inspect ./FLUX.1-dev-4bit --all
+
+convrot inspect black-forest-labs/FLUX.1-dev --json > plan.json
+"""
+
+
+def command(
+    model: Model,
+    preset: Preset = "ours",
+    keep: Keep = None,
+    override: Override = None,
+    every: Annotated[bool, typer.Option("--all", help="One row a layer, instead of one for all blocks alike.")] = False,
+    dtype: Dtype = DType.bfloat16,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show each linear's scheme, or why it stays in 16 bits, and the bytes before and after."""
+    output = Output(json, quiet)
+    hush(quiet=quiet)
+    config = read_config(preset, keep, override)
+    folder = open_folder(model, weights=False)
+    components: dict[str, Any] = {}
+    for name, path in folder.transformers.items():
+        if is_quantized(path):
+            if preset != "ours" or keep or override:
+                raise typer.BadParameter(f"{path} is quantized already: --preset, --keep and --override do not apply")
+            found, entry = _quantized(output, path)
+        else:
+            empty = meta_transformer(path, dtype.torch)
+            check_globs([empty], keep, override)
+            found, entry = plan(empty, config), {}
+        output.show(found.table(fold=not every, width=output.width))
+        sizes = {"bytes_before": found.bytes_before, "bytes_after": found.bytes_after}
+        components[name or "transformer"] = {**entry, **sizes, "plan": found.to_dict()}
+    output.result({"model": model, "quantized": folder.is_quantized, "components": components})
+
+
+def _quantized(output: Output, path: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan that a quantized folder's headers hold, and what else they say."""
+    manifest = read_manifest(path)
+    written = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+    files = len({header.file for header in manifest.tensors.values()})
+    output.show(f"{path}: {files} file(s), {size_text(manifest.file_bytes)}, written with {written}")
+    return manifest.plan, {"files": files, "file_bytes": manifest.file_bytes, "versions": manifest.versions}

@@ -1,0 +1,132 @@
+"""Options that commands share, and what they are turned into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.generation import Settings
+from convrot_quant.presets import PRESETS
+from convrot_quant.rules import linears, matches
+
+
+class DType(str, Enum):
+    """The dtypes of a 16-bit model."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The dtype itself."""
+        found: torch.dtype = getattr(torch, self.value)
+        return found
+
+
+_PRESETS = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A diffusers folder (pipeline or transformer), or a hub id such as black-forest-labs/FLUX.1-dev.",
+        metavar="MODEL",
+    ),
+]
+Preset = Annotated[str, typer.Option("--preset", "--scheme", help=f"{_PRESETS}.", metavar="NAME")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="Keep layers whose name matches GLOB in 16 bits; repeatable.", metavar="GLOB")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another scheme for layers whose name matches GLOB, such as '*.to_v=W8A8'; repeatable.",
+        metavar="GLOB=SCHEME",
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.", metavar="DEVICE")
+]
+Dtype = Annotated[DType, typer.Option(help="The dtype of what stays in 16 bits.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables; errors still show.")]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.", metavar="TEXT")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(help="A text file with one prompt a line; # starts a comment line.", exists=True, dir_okay=False),
+]
+Seed = Annotated[int, typer.Option(help="Image i of the run uses seed + i.", min=0)]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")]
+Height = Annotated[int | None, typer.Option(help="Pixels. Default: what the VAE was made for.", min=16)]
+Width = Annotated[int | None, typer.Option(help="Pixels. Default: what the VAE was made for.", min=16)]
+NumImages = Annotated[int, typer.Option(help="Images per prompt.", min=1)]
+MaxSequenceLength = Annotated[
+    int | None,
+    typer.Option(help="Text tokens. Default: the pipeline's own (512), or the tokenizer's limit if lower.", min=1),
+]
+
+
+def read_config(preset: str, keep: Sequence[str] | None, override: Sequence[str] | None) -> QuantConfig:
+    """--preset, --keep and --override as one QuantConfig."""
+    try:
+        config = QuantConfig.preset(preset)
+        overrides = dict(config.overrides)
+        for item in override or ():
+            glob, equals, scheme = item.rpartition("=")
+            if not equals:
+                raise ValueError(f"--override must look like GLOB=SCHEME, for example '*.to_v=W8A8'; got {item!r}")
+            overrides.pop(glob, None)  # so that it moves to the end, where it wins
+            overrides[glob] = Scheme.parse(scheme)
+        return QuantConfig(config.scheme, overrides, (*config.keep, *(keep or ())))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def check_globs(models: Sequence[nn.Module], keep: Sequence[str] | None, override: Sequence[str] | None) -> None:
+    """A --keep or --override that names no layer is a mistake in the command."""
+    layers = [layer for model in models for layer in linears(model)]
+    for glob in (*(keep or ()), *(item.rpartition("=")[0] for item in override or ())):
+        if not any(matches(layer, glob) for layer in layers):
+            example = layers[-1].name if layers else "none"
+            raise typer.BadParameter(f"{glob!r} matches no linear layer; layers have names like {example!r}")
+
+
+def read_device(device: str) -> str:
+    """auto -> cuda where there is a GPU, else cpu; anything else must be a device of this machine."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise typer.BadParameter(f"--device {device!r} is not a device; use cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no usable CUDA GPU; use --device cpu")
+    return device
+
+
+def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
+    """--prompt and --prompts-file together, in that order."""
+    found = list(prompts or ())
+    if file is not None:
+        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        found += [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise typer.BadParameter("nothing to draw: give --prompt TEXT or --prompts-file FILE")
+    return found
+
+
+def describe(settings: Settings, arguments: dict[str, object]) -> str:
+    """The run in a line: steps, guidance, size, seeds."""
+    parts = [f"{settings.steps} steps"]
+    if "guidance_scale" in arguments:
+        parts.append(f"guidance {arguments['guidance_scale']}")
+    if "height" in arguments:
+        parts.append(f"{arguments['width']} x {arguments['height']}")
+    return ", ".join([*parts, f"seeds from {settings.seed}"])

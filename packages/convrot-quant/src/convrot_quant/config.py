@@ -1,0 +1,164 @@
+"""Scheme (how one layer is quantized) and QuantConfig (which scheme each layer gets): frozen, JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+WEIGHT_BITS = (4, 8)
+ACTIVATION_BITS = (4, 8, 16)
+GROUP_SIZES = (16, 64, 256, 1024)  # the regular Hadamard matrices that the kernels have: Kronecker powers of H4
+RULES = ("absmax",)
+
+
+def _one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed or isinstance(value, bool):
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{owner}: {name} must be one of {choices}; got {value!r}")
+
+
+def _known_keys(owner: str, data: object, known: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{owner}: expected an object with the keys {', '.join(known)}; got {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            raise ValueError(f"{owner}: unknown key {key!r}; known keys are {', '.join(known)}")
+    return dict(data)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear layer is quantized: bits of weights and activations, rotation group, scale rules.
+
+    `activation_bits=16` means weight-only: activations are rotated and stay in their own dtype.
+    `activation_clip` multiplies the absolute maximum of a row before the scale is made (0 < clip <= 1).
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    group_size: int = 256
+    weight_rule: str = "absmax"
+    activation_rule: str = "absmax"
+    activation_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("Scheme", "weight_bits", self.weight_bits, WEIGHT_BITS)
+        _one_of("Scheme", "activation_bits", self.activation_bits, ACTIVATION_BITS)
+        _one_of("Scheme", "group_size", self.group_size, GROUP_SIZES)
+        _one_of("Scheme", "weight_rule", self.weight_rule, RULES)
+        _one_of("Scheme", "activation_rule", self.activation_rule, RULES)
+        clip = self.activation_clip
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip <= 1:
+            raise ValueError(f"Scheme: activation_clip must be a number with 0 < activation_clip <= 1; got {clip!r}")
+
+    @property
+    def name(self) -> str:
+        """The short name, such as "W4A4"."""
+        return f"W{self.weight_bits}A{self.activation_bits}"
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """The scheme with a short name, in any case: W4A4, W4A8, W4A16, W8A8, W8A16."""
+        match = re.fullmatch(r"w(\d+)a(\d+)", name.strip().lower()) if isinstance(name, str) else None
+        if match is None:
+            raise ValueError(f"Scheme: {name!r} is not a scheme name; use one like W4A4, W4A8, W4A16, W8A8 or W8A16")
+        return cls(weight_bits=int(match[1]), activation_bits=int(match[2]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
+        """The inverse of to_dict; missing keys take their defaults, unknown keys are refused by name."""
+        return cls(**_known_keys("Scheme", data, tuple(f.name for f in fields(cls))))
+
+
+def _as_scheme(where: str, value: Scheme | str) -> Scheme:
+    if isinstance(value, str):
+        return Scheme.parse(value)
+    if not isinstance(value, Scheme):
+        raise ValueError(f"QuantConfig: {where} must be a Scheme or a name like 'W4A8'; got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Which scheme each layer gets: a default, overrides by glob (later ones win), layers kept in 16 bits (these win).
+
+    Globs match full module names with fnmatch, `*` crossing dots. `{last}` in a glob stands for the last index of the
+    outermost ModuleList, whatever the model's depth: `single_transformer_blocks.{last}.proj_out`.
+    An override that names a layer in full, without wildcards, also lifts the rules of taste (layers outside the
+    repeated blocks, small layers); it never lifts a rule without which the layer could not run.
+    """
+
+    scheme: Scheme = Scheme()
+    overrides: Mapping[str, Scheme] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, (tuple, list)):
+            raise ValueError(f"QuantConfig: keep must be a sequence of globs; got {self.keep!r}")
+        overrides = {glob: _as_scheme(f"the override of {glob!r}", value) for glob, value in self.overrides.items()}
+        for glob in (*overrides, *self.keep):
+            if not isinstance(glob, str) or not glob:
+                raise ValueError(f"QuantConfig: a glob must be a non-empty string; got {glob!r}")
+        object.__setattr__(self, "scheme", _as_scheme("scheme", self.scheme))
+        object.__setattr__(self, "overrides", overrides)
+        object.__setattr__(self, "keep", tuple(self.keep))
+
+    @classmethod
+    def preset(cls, name: str) -> QuantConfig:
+        """A named configuration of presets.py: ours, paper, paper-mixed, w4a8, w4a16, w8a8, w8a16."""
+        from convrot_quant.presets import MODULATION_GLOBS, PRESETS
+
+        preset = PRESETS.get(name.strip().lower()) if isinstance(name, str) else None
+        if preset is None:
+            raise ValueError(f"QuantConfig: unknown preset {name!r}; presets are {', '.join(PRESETS)}")
+        overrides = dict.fromkeys(MODULATION_GLOBS, preset.modulation) | dict(preset.overrides)
+        return cls(
+            scheme=Scheme.parse(preset.scheme),
+            overrides={glob: Scheme.parse(value) for glob, value in overrides.items()},
+            keep=preset.keep,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON; the order of overrides is kept, since later ones win."""
+        overrides = {glob: scheme.to_dict() for glob, scheme in self.overrides.items()}
+        return {"scheme": self.scheme.to_dict(), "overrides": overrides, "keep": list(self.keep)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantConfig:
+        """The inverse of to_dict; schemes may also be short names; unknown keys are refused by name."""
+        values = _known_keys("QuantConfig", data, tuple(f.name for f in fields(cls)))
+        if "scheme" in values:
+            values["scheme"] = _scheme_from_json(values["scheme"])
+        if "overrides" in values:
+            if not isinstance(values["overrides"], Mapping):
+                raise ValueError(f"QuantConfig: overrides must map globs to schemes; got {values['overrides']!r}")
+            values["overrides"] = {glob: _scheme_from_json(item) for glob, item in values["overrides"].items()}
+        if "keep" in values:
+            if not isinstance(values["keep"], (list, tuple)):
+                raise ValueError(f"QuantConfig: keep must be a list of globs; got {values['keep']!r}")
+            values["keep"] = tuple(values["keep"])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantConfig:
+        """The inverse of to_json."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"QuantConfig: not valid JSON: {error}") from None
+        return cls.from_dict(data)
+
+
+def _scheme_from_json(value: Any) -> Scheme:
+    return Scheme.parse(value) if isinstance(value, str) else Scheme.from_dict(value)

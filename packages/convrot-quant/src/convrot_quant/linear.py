@@ -1,0 +1,176 @@
+"""ConvLinear4bit: nn.Linear on rotated low-bit codes, y = (scale_x * q(x H)) @ (scale_w * q(W H))^T + bias.
+
+It subclasses nn.Linear and keeps the codes in a Parameter named `weight`, because peft, diffusers' LoRA loaders,
+offloading and saving all look for exactly that; a plain nn.Module, a dequantizing property or a tensor subclass each
+break one of them. Codes are a frozen Parameter, scales an fp32 buffer that `.to(dtype)` must not round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convrot_kernels import (
+    preferred_codes,
+    preferred_layout,
+    prepare_weight,
+    restore_weight,
+    rotate,
+    rotate_quantize,
+    scaled_mm,
+    unpack_int4,
+)
+from convrot_quant.config import Scheme
+
+ROW_MAJOR = "row_major"
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what the ops take; float8 storage is not one
+
+
+class ConvLinear4bit(nn.Linear):
+    """nn.Linear with 4-bit (or 8-bit) rotated weights and 4-, 8- or 16-bit activations.
+
+    `weight`: codes, a frozen Parameter; uint8 (N, K/2) for 4 bits (low nibble = even column), int8 (N, K) for 8.
+    `weight_scale`: fp32 buffer (N,). `bias`: Parameter (N,) or None, in the dtype that it had.
+    `scheme`, `weight_layout` (the order of the resident codes), `compute_dtype` (what peft gives its adapters).
+    The state_dict is always row-major. `in_features` and `out_features` stay the logical sizes.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = True,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a 16-bit weight
+        if in_features % scheme.group_size:
+            groups = "group_size=64" if in_features % 64 == 0 else "a layer whose K a group divides"
+            raise ValueError(
+                f"ConvLinear4bit: in_features must be a multiple of group_size, "
+                f"got in_features={in_features}, group_size={scheme.group_size}; use {groups}"
+            )
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.weight_layout, self.compute_dtype = ROW_MAJOR, compute_dtype
+        packed = scheme.weight_bits == 4
+        shape = (out_features, in_features // 2 if packed else in_features)
+        codes = torch.empty(shape, dtype=torch.uint8 if packed else torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        empty = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls, linear: nn.Linear, scheme: Scheme, *, device: torch.device | str | None = None
+    ) -> ConvLinear4bit:
+        """nn.Linear (N, K) fp16, bf16 or fp32 -> its quantized layer on the same device; the bias keeps its storage.
+
+        `device`: where to rotate and quantize, when that should not be where the weight is.
+        """
+        weight, home = linear.weight, linear.weight.device
+        if home.type == "meta":
+            raise ValueError(
+                "ConvLinear4bit: the weight is on the meta device and has no values; load the weights first"
+            )
+        codes, scale = quantize_weight(weight.to(device or home), scheme)
+        sizes = (linear.in_features, linear.out_features, scheme)
+        layer = cls(*sizes, bias=False, compute_dtype=weight.dtype, device="meta")
+        layer.weight = nn.Parameter(codes.to(home), requires_grad=False)
+        layer.weight_scale = scale.to(home)
+        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        layer.relayout(preferred_layout(home))
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """-> nn.Linear (N, K) in compute_dtype with weight = (codes * scale) H: what the codes stand for, unrotated."""
+        codes = restore_weight(self.weight.detach(), self.weight_layout)
+        codes = unpack_int4(codes) if self.scheme.weight_bits == 4 else codes
+        values = rotate(codes.float() * self.weight_scale[:, None], self.scheme.group_size)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(values.to(self.compute_dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), the dtype of x."""
+        scheme = self.scheme
+        if scheme.activation_bits == 16:
+            values = rotate(x, scheme.group_size)
+            return scaled_mm(
+                values, self.weight, None, self.weight_scale, self.bias, x.dtype, b_layout=self.weight_layout
+            )
+        packed = scheme.activation_bits == scheme.weight_bits == 4 and _wants_packed(x.device)
+        codes, scale = rotate_quantize(
+            x,
+            scheme.group_size,
+            scheme.activation_bits,
+            packed=packed,
+            rule=scheme.activation_rule,
+            clip=scheme.activation_clip,
+        )
+        return scaled_mm(codes, self.weight, scale, self.weight_scale, self.bias, x.dtype, b_layout=self.weight_layout)
+
+    def relayout(self, layout: str) -> None:
+        """Put the resident codes into another order (a backend's own, or "row_major"); the numbers stay the same."""
+        if layout != self.weight_layout:
+            row_major = restore_weight(self.weight.detach(), self.weight_layout)
+            self.weight = nn.Parameter(prepare_weight(row_major, layout), requires_grad=False)
+            self.weight_layout = layout
+
+    def extra_repr(self) -> str:
+        scheme = self.scheme
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        layout = "" if self.weight_layout == ROW_MAJOR else f", weight_layout={self.weight_layout!r}"
+        return f"{text}, {scheme.name}, group_size={scheme.group_size}{layout}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvLinear4bit:
+        """Every .to(), .cuda(), .half() ends here: devices move, but codes and fp32 scales keep dtype and values."""
+        codes, scale = self.weight.data, self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight.dtype != codes.dtype:
+            self.weight = nn.Parameter(codes.to(self.weight.device), requires_grad=False)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=scale.device))
+        if probe.dtype in COMPUTE_DTYPES:
+            self.compute_dtype = probe.dtype
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_layout != ROW_MAJOR:
+            destination[prefix + "weight"] = restore_weight(self.weight.detach(), self.weight_layout)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = prefix + "weight"
+        if self.weight_layout != ROW_MAJOR and key in state_dict:
+            state_dict = {**state_dict, key: prepare_weight(state_dict[key], self.weight_layout)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@torch.compiler.assume_constant_result  # a backend's taste: fixed while tracing, and the numbers do not depend on it
+def _wants_packed(device: torch.device) -> bool:
+    return preferred_codes(device) == "packed"
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """(N, K) fp16, bf16 or fp32 -> codes uint8 (N, K/2) or int8 (N, K), scale fp32 (N,)."""
+    bits = scheme.weight_bits
+    codes, scale = rotate_quantize(weight.detach(), scheme.group_size, bits, packed=bits == 4, rule=scheme.weight_rule)
+    bad = torch.nonzero(~torch.isfinite(scale))
+    if len(bad):
+        raise ValueError(
+            f"ConvLinear4bit: the weight must be finite after rotation in fp32; row {bad[0].item()} of "
+            f"{weight.shape[0]} is not; repair or reload the weight"
+        )
+    return codes, scale

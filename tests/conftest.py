@@ -1,0 +1,43 @@
+"""Every test: its own seed, poisoned empty memory, and fixtures for the device and the backend."""
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from convrot_kernels import dispatch
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # also fills new empty tensors with NaN or the largest integer, so that reading one shows
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every kind of device of this machine."""
+    return str(request.param)
+
+
+@pytest.fixture(params=list(dispatch.BACKENDS))
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """Every backend, in force during the test; skipped where it cannot run or lacks the OP that the module names."""
+    name, op = request.param, getattr(request.module, "OP", None)
+    reason = dispatch.available_backends(device)[name]
+    if reason is not None:
+        pytest.skip(f"{name} on {device}: {reason}")
+    if op is not None and name not in dispatch.ORDER[op]:
+        pytest.skip(f"{name} does not implement {op}")
+    with dispatch.use_backend(name):
+        yield name

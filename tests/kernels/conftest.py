@@ -1,0 +1,61 @@
+"""Independent definitions: dense fp64 rotation, int64 products, the epilogue step by step. None calls an op."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _hadamard(n: int) -> Tensor:
+    """Entry (i, j) is -1 to the number of base-4 digits of i and j that add up to 3, over sqrt(n)."""
+    index, minus, place = torch.arange(n), torch.zeros(n, n, dtype=torch.int64), 1
+    while place < n:
+        digit = index.div(place, rounding_mode="floor") % 4
+        minus += digit[:, None] + digit[None, :] == 3
+        place *= 4
+    return torch.where(minus % 2 == 1, -1.0, 1.0).double() / n**0.5
+
+
+@pytest.fixture(params=FLOATS, ids=["fp32", "fp16", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype of values."""
+    result: torch.dtype = request.param
+    return result
+
+
+@pytest.fixture
+def dense_rotation() -> Callable[[Tensor, int], Tensor]:
+    """(..., K), group_size -> fp64 (..., K)."""
+
+    def rotation(x: Tensor, group_size: int) -> Tensor:
+        groups = x.detach().cpu().double().unflatten(-1, (-1, group_size))
+        return (groups @ _hadamard(group_size)).flatten(-2)
+
+    return rotation
+
+
+@pytest.fixture
+def plain_quantizer(dense_rotation: Callable[[Tensor, int], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(..., K) -> codes int8 (..., K), scale fp32 (...), for finite rows."""
+
+    def quantizer(x: Tensor, group_size: int = 256, bits: int = 4, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+        rotated, qmax = dense_rotation(x, group_size).float(), 2 ** (bits - 1) - 1
+        scale = torch.clamp(clip * rotated.abs().max(-1).values / qmax, min=1e-10)
+        return torch.clamp(torch.round(rotated / scale[..., None]), -qmax, qmax).to(torch.int8), scale
+
+    return quantizer
+
+
+@pytest.fixture
+def plain_product() -> Callable[..., Tensor]:
+    """int8 (..., K) x int8 (N, K) -> fp32 (..., N) before the last rounding; the sum in int64."""
+
+    def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        total = (a.cpu().long() @ b.cpu().long().t()).to(torch.float32)
+        out = (total * a_scale.cpu()[..., None]) * b_scale.cpu()
+        return out if bias is None else out + bias.cpu().float()
+
+    return product

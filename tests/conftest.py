@@ -15,6 +15,7 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.
 def pytest_configure(config: pytest.Config) -> None:
     # also fills new empty tensors with NaN or the largest integer, so that reading one shows
     torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS warns that it is not deterministic
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

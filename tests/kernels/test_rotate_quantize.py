@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convrot_kernels import hadamard, pack_int4, rotate, rotate_quantize
+from convrot_kernels import hadamard, pack_int4, reference, rotate, rotate_quantize
 from convrot_kernels.testing import assert_codes_close, assert_equal, make_inputs
 
 OP = "rotate_quantize"
@@ -77,6 +77,26 @@ def test_scale_is_divided_by_not_multiplied_with_a_reciprocal(backend: str, devi
     row = torch.zeros(1, 256, device=device)
     row[0, 0] = 1.1
     assert rotate_quantize(row)[1].item() == (torch.tensor(1.1) / 16 / 7).item()
+
+
+def test_reference_divides_where_a_reciprocal_would_miss_ties() -> None:
+    halves = (torch.arange(-14, 15) / 2).repeat(18)[:512]
+    codes, scale = reference.rotate_quantize(63 * rotate(halves))
+    assert scale.item() == 63
+    assert_equal(codes, halves.round().to(torch.int8))
+    assert not torch.equal((63 * halves * (1 / scale)).round(), halves.round())
+
+
+def test_another_scale_rule_is_one_line_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rms = lambda rotated, qmax: 2 * rotated.square().mean(-1).sqrt()  # noqa: E731
+    monkeypatch.setitem(reference.SCALE_RULES, "rms", rms)
+    x = make_inputs(8, 256, dtype=torch.float32)
+    x[2, 5] = float("inf")
+    codes, scale = rotate_quantize(x, rule="rms", clip=0.5)
+    assert_equal(scale.isnan(), torch.arange(8) == 2)
+    torch.testing.assert_close(scale[:2], x[:2].square().mean(-1).sqrt() / 7)
+    assert not codes[2].any()
+    assert int(codes.max()) == 7
 
 
 def test_zero_rows_have_zero_codes_and_the_least_scale(backend: str, device: str, dtype: torch.dtype) -> None:

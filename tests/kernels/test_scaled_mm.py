@@ -148,16 +148,18 @@ def test_codes_give_bf16_by_default(device: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_no_global_precision_setting_changes_the_sums(backend: str, precision: str, plain_product: Product) -> None:
-    a, b = make_codes(64, 512, bits=8), make_codes(64, 512, bits=8, seed=1)
-    a_scale, b_scale = make_scale(64), make_scale(64, seed=1)
+def test_no_global_precision_setting_changes_the_sums(
+    backend: str, device: str, precision: str, plain_product: Product
+) -> None:
+    a, b = make_codes(64, 512, bits=8, device=device), make_codes(64, 512, bits=8, device=device, seed=1)
+    a_scale, b_scale = make_scale(64, device=device), make_scale(64, device=device, seed=1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         actual = scaled_mm(a, b, a_scale, b_scale, out_dtype=torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert_equal(actual, plain_product(a, b, a_scale, b_scale))
+    assert_equal(actual.cpu(), plain_product(a, b, a_scale, b_scale))
 
 
 @settings(derandomize=True, deadline=None, max_examples=30, database=None)

@@ -40,7 +40,7 @@ def tiny_flux(double: int = 1, single: int = 2, *, seed: int = 3, dtype: torch.d
     return model.to(dtype).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_flux() -> Callable[..., nn.Module]:
     return tiny_flux
 

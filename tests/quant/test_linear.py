@@ -56,7 +56,7 @@ def test_forward_is_the_dequantized_product(name: str, group_size: int) -> None:
     assert error < 1e-5 if scheme.activation_bits == 16 else error < 2e-3  # a rare code on a tie falls one step away
 
 
-@pytest.mark.parametrize(("name", "bound"), zip(SCHEMES, [0.25, 0.16, 0.16, 0.02, 0.012], strict=True))
+@pytest.mark.parametrize(("name", "bound"), list(zip(SCHEMES, [0.25, 0.16, 0.16, 0.02, 0.012], strict=True)))
 def test_error_against_the_original_is_within_the_bits(name: str, bound: float) -> None:
     original = linear()
     x = activations(64, 512)

@@ -98,7 +98,7 @@ def rotate_quantize(
     finite = reach.isfinite()
     scale = (reach * clip / qmax).clamp_min_(SCALE_FLOOR).masked_fill_(~finite, float("nan"))
     codes = rotated.div_(scale.unsqueeze(-1)).round_().clamp_(-qmax, qmax).to(torch.int8)
-    codes.masked_fill_(~finite.unsqueeze(-1), 0)
+    codes.mul_(finite.unsqueeze(-1))  # the int8 of a NaN is anything
     return (pack_int4(codes) if packed else codes), scale
 
 

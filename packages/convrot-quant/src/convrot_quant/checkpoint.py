@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,6 +29,7 @@ from convrot_quant.manifest import (
     WEIGHTS,
     CheckpointError,
     Manifest,
+    diffusers_class,
     read_manifest,
 )
 from convrot_quant.patch import plan_of
@@ -130,15 +130,10 @@ def load_quantized(
 
 def build_quantized(manifest: Manifest) -> nn.Module:
     """The model of a manifest with its parameters on the meta device, planned layers already ConvLinear4bit."""
-    import diffusers
     from accelerate import init_empty_weights
 
     class_name = manifest.config["_class_name"]
-    model_class: Any = getattr(diffusers, class_name, None)
-    if model_class is None or not issubclass(model_class, diffusers.ModelMixin):
-        raise CheckpointError(
-            f"{manifest.folder}: diffusers {diffusers.__version__} has no model {class_name}; upgrade diffusers"
-        )
+    model_class = diffusers_class(manifest.folder, manifest.config)
     with _default_dtype(manifest), init_empty_weights():
         model = model_class.from_config(manifest.config)
     dtypes = {layer.name: getattr(torch, layer.dtype) for layer in manifest.plan.layers}

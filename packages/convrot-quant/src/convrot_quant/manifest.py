@@ -96,6 +96,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def diffusers_class(folder: Path, config: dict[str, Any]) -> Any:
+    """The diffusers model class that a config names."""
+    import diffusers
+
+    name = config["_class_name"]
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise CheckpointError(f"{folder}: diffusers {diffusers.__version__} has no model {name}; upgrade diffusers")
+    return found
+
+
 def _read_index(folder: Path) -> dict[str, str]:
     """{tensor: file} of a sharded folder, {} of a folder with one file; a name that leaves the folder is refused."""
     path = folder / INDEX

@@ -16,7 +16,7 @@ from torch import nn
 from convrot_quant.checkpoint import load_quantized, write_quantized
 from convrot_quant.config import QuantConfig
 from convrot_quant.folders import replace_folder
-from convrot_quant.manifest import CheckpointError, is_quantized, read_config
+from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config
 from convrot_quant.patch import apply, plan
 from convrot_quant.plans import Plan
 
@@ -76,17 +76,6 @@ def _download(model: str, patterns: tuple[str, ...]) -> Path:
         raise FileNotFoundError(f"{model}: no such folder, and the hub did not give it: {reason}") from None
 
 
-def transformer_class(path: Path) -> Any:
-    """The diffusers class that a transformer folder's config.json names."""
-    import diffusers
-
-    name = read_config(path)["_class_name"]
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise CheckpointError(f"{path}: diffusers {diffusers.__version__} has no model {name}; upgrade diffusers")
-    return found
-
-
 def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """from_pretrained's keyword: `dtype` where diffusers has renamed it, else `torch_dtype`."""
     from diffusers.utils import deprecation_utils
@@ -98,8 +87,9 @@ def meta_transformer(path: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Modu
     """A transformer's modules with shapes and no values, from its config.json alone."""
     from accelerate import init_empty_weights
 
+    config = read_config(path)
     with init_empty_weights():
-        model: nn.Module = transformer_class(path).from_config(read_config(path))
+        model: nn.Module = diffusers_class(path, config).from_config(config)
     return model.to(dtype)
 
 
@@ -107,7 +97,9 @@ def load_transformer(path: Path, *, dtype: torch.dtype = torch.bfloat16, device:
     """A transformer folder, 16-bit or quantized, as a model."""
     if is_quantized(path):
         return load_quantized(path, device=device, dtype=dtype)
-    model: nn.Module = transformer_class(path).from_pretrained(path, local_files_only=True, **_dtype(dtype))
+    model: nn.Module = diffusers_class(path, read_config(path)).from_pretrained(
+        path, local_files_only=True, **_dtype(dtype)
+    )
     return model.to(device).eval()
 
 

@@ -1,0 +1,95 @@
+"""Thin sessions: each installs the workspace into an environment of its own and runs one command.
+
+nox                  lint, types and tests: what has to pass before a commit, and what CI runs
+nox -s generate      BF16 and 4-bit images of the shipped mini-flux, side by side
+nox -s tests_full    everything, slow tests included; leaves its result in docs/results
+"""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+
+PACKAGES = ("packages/convrot-kernels", "packages/convrot-quant", "apps/mini-flux", "apps/bench")
+FORMATTED = ("packages", "apps", "tests", "noxfile.py")
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """The four packages, editable, in one pip command (none of them is on an index), plus dependency groups."""
+    constraints = ("-c", "constraints.txt")
+    # torch by itself and first: pip then takes the build that a find-links folder or an extra index offers
+    session.install("torch==2.13.0", *constraints)
+    editable = [part for package in PACKAGES for part in ("-e", package)]
+    session.install("--upgrade", "pip>=25.1")  # dependency groups
+    session.install(*editable, *[part for group in groups for part in ("--group", group)], *constraints)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: rules and formatting."""
+    session.install("ruff", "-c", "constraints.txt")
+    session.run("ruff", "check", *FORMATTED)
+    session.run("ruff", "format", "--check", *FORMATTED)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy over the packages and apps."""
+    install(session, "types")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All CPU tests but the slow ones, on two processes. `nox -s tests -- tests/kernels -k rotate` runs some."""
+    install(session, "test")
+    session.run("pytest", "-n", "2", "-m", "not slow and not gpu and not browser", *session.posargs)
+
+
+@nox.session
+def tests_full(session: nox.Session) -> None:
+    """Every CPU test: the slow ones, longer fuzzing, clean-environment builds. Writes docs/results/tests_full.json."""
+    install(session, "test")
+    session.install("build", "-c", "constraints.txt")
+    report = Path(session.create_tmp()).resolve() / "junit.xml"
+    command = ("pytest", "-n", "2", "-m", "not gpu and not browser", f"--junitxml={report}", *session.posargs)
+    session.run(*command, env={"HYPOTHESIS_PROFILE": "long"}, success_codes=[0, 1])
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None, "pytest writes one testsuite"
+    counts = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
+    commit = session.run("git", "rev-parse", "--short=12", "HEAD", external=True, silent=True)
+    result = {"date": suite.attrib["timestamp"], "commit": str(commit).strip(), "python": sys.version.split()[0]}
+    result |= counts | {"seconds": round(float(suite.attrib["time"])), "command": "nox -s tests_full"}
+    Path("docs/results/tests_full.json").write_text(json.dumps(result, indent=2) + "\n")
+    if counts["failures"] or counts["errors"]:
+        session.error(f"{counts['failures'] + counts['errors']} of {counts['tests']} tests failed")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need an NVIDIA GPU, in the environment that nox is run from (its torch knows the GPU)."""
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
+
+
+@nox.session
+def generate(session: nox.Session) -> None:
+    """The main job on the shipped mini-flux: BF16 and 4-bit images of the same prompts and seeds in one picture."""
+    install(session)
+    session.run(
+        "convrot", "generate", "apps/mini-flux/weights", "--prompts-file", "apps/mini-flux/prompts.txt", "--seed", "0",
+        "--sheet", "outputs/bf16_vs_4bit.png", "-o", "outputs", *session.posargs,
+    )  # fmt: skip
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """`nox -s bench -- quality apps/mini-flux/weights --judge apps/mini-flux/judge.safetensors`"""
+    install(session)
+    session.run("convrot-bench", *(session.posargs or ("--help",)))

@@ -1,0 +1,409 @@
+"""save_quantized and load_quantized: bit-equal round trips, and one sentence for every way a folder can be wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import convrot_quant.checkpoint
+from convrot_quant import CheckpointError, ConvLinear4bit, Plan, load_quantized, quantize_, save_quantized
+from convrot_quant.manifest import INDEX, WEIGHTS, is_quantized, read_manifest
+
+Flux = Callable[..., nn.Module]
+Run = Callable[..., Tensor]
+LAYER = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture(scope="module")
+def saved(make_flux: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file and a sharded folder of the same quantized model; copy to change."""
+    model = make_flux()
+    quantize_(model, "paper-mixed", progress=False)
+    root = tmp_path_factory.mktemp("saved")
+    save_quantized(model, root / "one")
+    save_quantized(model, root / "shards", max_shard_size="3MB")
+    return root
+
+
+@pytest.fixture
+def one(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "one", tmp_path / "one"))
+
+
+@pytest.fixture
+def shards(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "shards", tmp_path / "shards"))
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    states = a.state_dict(), b.state_dict()
+    assert list(states[0]) == list(states[1])
+    for name, tensor in states[0].items():
+        assert tensor.dtype == states[1][name].dtype, name
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def content(path: Path) -> object:
+    """A file's bytes; for safetensors, metadata and bytes by tensor (their order in the header is not fixed)."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    return metadata, {name: (t.dtype, t.shape, t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("preset", ["ours", "paper-mixed", "w8a16"])
+@pytest.mark.parametrize("size", ["5GB", "3MB"])
+def test_round_trip_is_bit_equal(make_flux: Flux, run: Run, tmp_path: Path, preset: str, size: str) -> None:
+    model = make_flux()
+    decided = quantize_(model, preset, progress=False)
+    save_quantized(model, tmp_path / "out", max_shard_size=size)
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert (INDEX in files) == (size == "3MB")
+    assert (WEIGHTS in files) == (size == "5GB")
+    again = load_quantized(tmp_path / "out")
+    assert type(again) is type(model)
+    assert_same(model, again)
+    assert torch.equal(run(again), run(model))
+    assert again.convrot_plan.to_dict() == decided.to_dict()
+    layers = [m for m in again.modules() if isinstance(m, ConvLinear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+    assert not again.training
+    save_quantized(again, tmp_path / "twice", max_shard_size=size)
+    assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == files
+    for name in files:
+        assert content(tmp_path / "twice" / name) == content(tmp_path / "out" / name), name
+
+
+def test_file_is_row_major_and_says_what_it_is(one: Path) -> None:
+    model = load_quantized(one)
+    layer = model.get_submodule(LAYER)
+    with safe_open(str(one / WEIGHTS), framework="pt") as file:
+        weight, metadata = file.get_slice(f"{LAYER}.weight"), file.metadata()
+        assert (weight.get_dtype(), weight.get_shape()) == ("I8", [512, 256])
+        scale = file.get_slice(f"{LAYER}.weight_scale")
+        assert (scale.get_dtype(), scale.get_shape()) == ("F32", [512])
+        assert file.get_tensor(f"{LAYER}.weight").numpy().tobytes() == layer.weight.numpy().tobytes()
+        assert file.get_slice(f"{LAYER}.bias").get_dtype() == "BF16"
+    assert metadata["convrot_format_version"] == "1"
+    assert metadata["format"] == "pt"
+    assert Plan.from_json(metadata["convrot_plan"])[LAYER].name == "W4A4"
+    assert json.loads(metadata["convrot_versions"]).keys() == {"convrot-quant", "convrot-kernels", "torch", "diffusers"}
+    config = json.loads((one / "config.json").read_text())
+    assert config["_class_name"] == "FluxTransformer2DModel"
+
+
+def test_every_shard_has_the_metadata_and_few_enough_bytes(shards: Path) -> None:
+    files = sorted(shards.glob("*.safetensors"))
+    assert len(files) > 3
+    found = set()
+    for path in files:
+        assert sum(t.nbytes for t in load_file(path).values()) <= 3_000_000
+        with safe_open(str(path), framework="pt") as file:
+            found.add(tuple(sorted(file.metadata().items())))
+    assert len(found) == 1
+    assert sum(path.stat().st_size for path in files) == read_manifest(shards).file_bytes
+
+
+def test_loading_allocates_no_16_bit_weights(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = convrot_quant.checkpoint.build_quantized
+
+    def spy(manifest: Any) -> nn.Module:
+        model = original(manifest)
+        built.extend(parameter.device.type for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(convrot_quant.checkpoint, "build_quantized", spy)
+    load_quantized(one)
+    assert set(built) == {"meta"}
+
+
+def test_dtype_casts_what_is_in_16_bits_and_nothing_else(one: Path, run: Run) -> None:
+    plain, cast = load_quantized(one), load_quantized(one, dtype=torch.float16)
+    for name, tensor in plain.state_dict().items():
+        other = cast.state_dict()[name]
+        changed = tensor.dtype == torch.bfloat16
+        assert other.dtype == (torch.float16 if changed else tensor.dtype), name
+        assert torch.equal(other, tensor.to(other.dtype)), name
+    assert run(cast).dtype == torch.float16
+    assert cast.get_submodule(LAYER).compute_dtype == torch.float16
+
+
+def test_modules_that_stay_in_fp32_and_computed_buffers_survive(tmp_path: Path) -> None:
+    """Wan keeps norms and tables in fp32 and computes its rotary tables at construction."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 1, "text_dim": 64}
+    WanTransformer3DModel(**sizes, freq_dim=64).save_pretrained(tmp_path / "wan")
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "wan", torch_dtype=torch.bfloat16)
+    quantize_(model, progress=False)
+    save_quantized(model, tmp_path / "out")
+    again = load_quantized(tmp_path / "out", dtype=torch.bfloat16)
+    assert_same(model, again)
+    assert {t.dtype for t in model.state_dict().values()} >= {torch.float32, torch.bfloat16, torch.uint8}
+    values = torch.randn(1, 16, 1, 4, 4).bfloat16(), torch.tensor([5]), torch.randn(1, 3, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(again(*values).sample, model.eval()(*values).sample)
+
+
+def test_tied_tensors_are_written_under_each_name(make_flux: Flux, run: Run, tmp_path: Path) -> None:
+    model = make_flux()
+    norms = [block.attn.norm_q for block in model.single_transformer_blocks]
+    norms[1].weight = norms[0].weight
+    quantize_(model, progress=False)
+    save_quantized(model, tmp_path / "out")
+    assert_same(load_quantized(tmp_path / "out"), model)
+
+
+def test_plan_of_a_model_patched_by_hand_is_what_it_is(make_flux: Flux, run: Run, tmp_path: Path) -> None:
+    model = make_flux()
+    quantize_(model, progress=False)
+    model.set_submodule(LAYER, model.get_submodule(LAYER).dequantize())
+    save_quantized(model, tmp_path / "out")
+    again = load_quantized(tmp_path / "out")
+    assert type(again.get_submodule(LAYER)) is nn.Linear
+    assert again.convrot_plan.reasons[LAYER] == "not quantized"
+    assert torch.equal(run(again), run(model))
+
+
+def test_refuses_to_save_what_it_cannot(make_flux: Flux, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is not quantized; quantize_ it first"):
+        save_quantized(make_flux(), tmp_path / "out")
+    with pytest.raises(ValueError, match="expected a diffusers model with save_config; got Linear"):
+        save_quantized(nn.Linear(2, 2), tmp_path / "out")
+    model = make_flux()
+    quantize_(model, progress=False)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="exists; choose another destination"):
+        save_quantized(model, tmp_path / "there")
+    model.get_submodule(LAYER).to("meta")
+    with pytest.raises(ValueError, match=f"'{LAYER}.weight' is on the meta device"):
+        save_quantized(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_save_that_fails_half_way_keeps_the_old_folder(
+    make_flux: Flux, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    model = make_flux(seed=9)
+    quantize_(model, progress=False)
+    written = []
+
+    def full_disk(tensors: dict, path: str, metadata: dict) -> None:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(convrot_quant.checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_quantized(model, shards, max_shard_size="3MB", overwrite=True)
+    assert len(written) == 2
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert [path.name for path in shards.parent.iterdir()] == ["shards"]
+    monkeypatch.undo()
+    save_quantized(model, shards, overwrite=True)
+    assert_same(load_quantized(shards), model)
+
+
+def rewrite(path: Path, *, metadata: dict[str, str] | None = None, **tensors: Tensor | None) -> None:
+    """Change a file's tensors (None drops one; __ stands for .) or its metadata."""
+    with safe_open(str(path), framework="pt") as file:
+        old = dict(file.metadata())
+    state = load_file(path)
+    for name, tensor in tensors.items():
+        state.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            state[name.replace("__", ".")] = tensor
+    save_file(state, path, old if metadata is None else metadata)
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+        return dict(file.metadata())
+
+
+def truncate(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def cut_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+
+
+def damage_plan(folder: Path) -> None:
+    rewrite(folder / WEIGHTS, metadata=metadata_of(folder) | {"convrot_plan": "{"})
+
+
+def name_foreign_layer(folder: Path) -> None:
+    text = metadata_of(folder)["convrot_plan"].replace("transformer_blocks.0.attn.to_q", "blocks.9.to_q")
+    rewrite(folder / WEIGHTS, metadata=metadata_of(folder) | {"convrot_plan": text})
+
+
+def unfit_group(folder: Path) -> None:
+    data = json.loads(metadata_of(folder)["convrot_plan"])
+    for layer in data["layers"]:
+        if layer["name"] == LAYER:
+            layer["scheme"]["group_size"] = 1024
+    rewrite(folder / WEIGHTS, metadata=metadata_of(folder) | {"convrot_plan": json.dumps(data)})
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated data": (truncate, "truncated or damaged .* copy or save it again"),
+    "truncated header": (cut_header, "truncated or damaged"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}; give a folder written by save_quantized"),
+    "foreign": (
+        lambda f: rewrite(f / WEIGHTS, metadata={"format": "pt"}),
+        "not written by convrot .* quantize the",
+    ),
+    "newer": (
+        lambda f: rewrite(f / WEIGHTS, metadata=metadata_of(f) | {"convrot_format_version": "2"}),
+        "format_version 2 is newer than the 1 that this convrot-quant reads; upgrade convrot-quant",
+    ),
+    "no version": (
+        lambda f: rewrite(f / WEIGHTS, metadata=metadata_of(f) | {"convrot_format_version": "one"}),
+        "convrot_format_version must be a whole number, got 'one'",
+    ),
+    "damaged plan": (damage_plan, "its convrot metadata is damaged .*not valid JSON"),
+    "plan of another model": (name_foreign_layer, "the plan names 'blocks.9.to_q', which FluxTransformer2DModel lacks"),
+    "unfit group": (unfit_group, f"the plan's W4A4 g1024 does not fit '{LAYER}'"),
+    "missing tensor": (lambda f: rewrite(f / WEIGHTS, proj_out__bias=None), "lacks tensor 'proj_out.bias'; save"),
+    "extra tensor": (lambda f: rewrite(f / WEIGHTS, extra=torch.ones(1)), "has an unknown tensor 'extra'"),
+    "wrong shape": (
+        lambda f: rewrite(f / WEIGHTS, proj_out__bias=torch.ones(3)),
+        r"'proj_out.bias' must be \(64,\), got \(3,\)",
+    ),
+    "scales not fp32": (
+        lambda f: rewrite(f / WEIGHTS, transformer_blocks__0__attn__to_q__weight_scale=torch.ones(512).bfloat16()),
+        f"'{LAYER}.weight_scale' must not be BF16",
+    ),
+    "codes not int8": (
+        lambda f: rewrite(f / WEIGHTS, transformer_blocks__0__attn__to_q__weight=torch.ones(512, 256)),
+        f"'{LAYER}.weight' must not be F32",
+    ),
+    "integer bias": (
+        lambda f: rewrite(f / WEIGHTS, proj_out__bias=torch.ones(64, dtype=torch.int8)),
+        "'proj_out.bias' must not be I8",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json; give a model folder of diffusers"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "config without a class": (lambda f: (f / "config.json").write_text("{}"), "no _class_name"),
+    "class that diffusers lacks": (
+        lambda f: change_config(f, _class_name="Flux9"),
+        "has no model Flux9; upgrade",
+    ),
+    "class that is no model": (lambda f: change_config(f, _class_name="FluxPipeline"), "has no model FluxPipeline"),
+    "class that is no class": (lambda f: change_config(f, _class_name="logging"), "has no model logging"),
+    "config of another size": (lambda f: change_config(f, num_attention_heads=4), "must be|does not fit|lacks|unknown"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_is_refused_in_one_sentence(one: Path, case: str) -> None:
+    damage, message = WRONG[case]
+    damage(one)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_quantized(one)
+    assert "\n" not in str(caught.value)
+
+
+def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def drop_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def truncate_shard(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[2]
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def mix_saves(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    with safe_open(str(path), framework="pt") as file:
+        metadata = dict(file.metadata())
+    rewrite(path, metadata=metadata | {"convrot_versions": '{"torch": "1"}'})
+
+
+def swap_shards(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+WRONG_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing shard": (drop_shard, "the shard .*-00002-of-.* is missing; copy the folder again"),
+    "truncated shard": (
+        lambda f: (p := sorted(f.glob("*.safetensors"))[2]).write_bytes(p.read_bytes()[:-7]),
+        "truncated",
+    ),
+    "shards of two saves": (mix_saves, "its metadata differs from the first shard's"),
+    "shards swapped": (swap_shards, "is not listed for this file"),
+    "tensor missing from the index": (lambda f: reindex(f, lambda m: m.pop("proj_out.bias")), "is not listed for this"),
+    "tensor missing from its file": (
+        lambda f: reindex(f, lambda m: m.update(ghost=next(iter(m.values())))),
+        "lists 'ghost', but its file lacks it",
+    ),
+    "index empty": (lambda f: reindex(f, lambda m: m.clear()), "the shard index is empty"),
+    "index not JSON": (lambda f: (f / INDEX).write_text("["), "not a shard index"),
+    "index without a map": (lambda f: (f / INDEX).write_text("{}"), "not a shard index"),
+    "index not text": (lambda f: (f / INDEX).write_text('{"weight_map": 3}'), "not a shard index"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHARDS)
+def test_a_wrong_shard_is_refused_in_one_sentence(shards: Path, case: str) -> None:
+    damage, message = WRONG_SHARDS[case]
+    damage(shards)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(shards)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", ".x.safetensors", "x.bin", ""],
+)
+def test_an_index_cannot_point_out_of_its_folder(shards: Path, name: str) -> None:
+    target = sorted(shards.glob("*.safetensors"))[0]
+    shutil.copy(target, shards.parent / "evil.safetensors")
+    reindex(shards, lambda m: m.update({"proj_out.bias": name}))
+    with pytest.raises(CheckpointError, match=r"is not the plain name of a .safetensors file; do not trust"):
+        load_quantized(shards)
+
+
+def test_is_quantized_reads_one_header(one: Path, shards: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    assert is_quantized(one)
+    assert is_quantized(shards)
+    assert not is_quantized(pipeline_folder / "transformer")
+    assert not is_quantized(tmp_path)
+
+
+def test_symbolic_links_into_a_cache_are_followed(shards: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in shards.iterdir():
+        (linked / path.name).symlink_to(path)
+    assert_same(load_quantized(linked), load_quantized(shards))

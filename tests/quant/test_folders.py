@@ -1,0 +1,124 @@
+"""replace_folder: the destination is whole or untouched, whatever fails and whenever."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from convrot_quant.folders import replace_folder
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below, hidden ones too."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    (folder / "part").mkdir()
+    (folder / "part" / "x").write_text("old")
+    return folder
+
+
+def test_appears_under_its_name_with_everything_in_it(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with replace_folder(target) as building:
+        assert building.parent == target.parent
+        (building / "part").mkdir()
+        (building / "part" / "x").write_text("new")
+        assert not target.exists()
+    assert tree(tmp_path) == {"a/b/part/x": b"new"}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert target.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("half-way"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_new_behind(tmp_path: Path, overwrite: bool, error: BaseException) -> None:
+    def write() -> None:
+        with replace_folder(tmp_path / "model", overwrite=overwrite) as building:
+            (building / "config.json").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_folder_survives_a_failure(old: Path) -> None:
+    before = tree(old.parent)
+
+    def write() -> None:
+        with replace_folder(old, overwrite=True) as building:
+            (building / "config.json").write_text("new")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write()
+    assert tree(old.parent) == before
+
+
+def test_overwrite_replaces_the_whole_folder(old: Path) -> None:
+    with replace_folder(old, overwrite=True) as building:
+        (building / "config.json").write_text("new")
+        assert tree(old) == {"config.json": b"old", "part/x": b"old"}
+    assert tree(old.parent) == {"model/config.json": b"new"}
+    assert [path.name for path in old.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_the_old_folder_comes_back_if_a_rename_fails(old: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(old.parent)
+    calls = []
+    rename = os.rename
+
+    def unreliable(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError("disk gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", unreliable)
+    with pytest.raises(OSError, match="disk gone"), replace_folder(old, overwrite=True) as building:
+        (building / "config.json").write_text("new")
+    assert tree(old.parent) == before
+
+
+def test_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    with replace_folder(tmp_path / "model") as building:
+        (building / "config.json").write_text("new")
+    assert events == ["fsync", "fsync", "rename", "fsync"]  # file, folder; then the parent
+
+
+def test_refuses_what_it_should_not_replace(tmp_path: Path, old: Path) -> None:
+    file, foreign, link = tmp_path / "file", tmp_path / "foreign", tmp_path / "link"
+    file.write_text("x")
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    link.symlink_to(old)
+    before = tree(tmp_path)
+    cases = [
+        (old, False, "exists; choose another destination, or overwrite it"),
+        (file, True, "exists and is not a folder"),
+        (link, True, "exists and is not a folder"),
+        (foreign, True, "not a model folder, so it is not overwritten"),
+    ]
+    for target, overwrite, message in cases:
+        with pytest.raises(FileExistsError, match=message), replace_folder(target, overwrite=overwrite):
+            raise AssertionError("the body must not run")
+    assert tree(tmp_path) == before
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with replace_folder(tmp_path / "model") as building:
+        (building / "x").write_text("new")
+    assert tree(tmp_path) == {"model/x": b"new"}

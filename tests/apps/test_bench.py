@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from convrot_bench import methods, ops, report
 from convrot_bench.cli import app
 from convrot_bench.results import REQUIRED, Writer, load, ratio
 from convrot_kernels import dispatch, reference, transforms
 from convrot_kernels.testing import make_inputs
 from convrot_quant import ConvLinear4bit, Scheme
-from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}

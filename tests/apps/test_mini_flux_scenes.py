@@ -4,11 +4,22 @@ import random
 
 import pytest
 import torch
+
 from mini_flux.data import draw
 from mini_flux.evaluate import chance
 from mini_flux.judge import HEADS, judge_images, labels
 from mini_flux.render import RGB, place, render
-from mini_flux.scenes import COLORS, OPPOSITE, Scene, Thing, caption, held_out, held_out_scenes, is_held_out, random_scene
+from mini_flux.scenes import (
+    COLORS,
+    OPPOSITE,
+    Scene,
+    Thing,
+    caption,
+    held_out,
+    held_out_scenes,
+    is_held_out,
+    random_scene,
+)
 
 SPHERE, CUBE, CYLINDER, CONE = range(4)
 RED, GREEN, BLUE = range(3)
@@ -81,7 +92,8 @@ def test_rendering_repeats_and_depends_on_the_place_seed():
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert once.shape == (2, 3, 32, 32)
-    assert 0 <= once.min() and once.max() <= 1
+    assert once.min() >= 0
+    assert once.max() <= 1
 
 
 def test_scenes_are_not_mirror_symmetric():

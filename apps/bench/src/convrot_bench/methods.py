@@ -19,6 +19,9 @@ class EmulatedLinear(nn.Module):
     With the regular Hadamard it computes what ConvLinear4bit computes; there is no kernel for the others.
     """
 
+    matrix: Tensor
+    weight: Tensor
+
     def __init__(self, linear: nn.Linear, scheme: Scheme, matrix: Tensor) -> None:
         super().__init__()
         self.activation_bits = scheme.activation_bits

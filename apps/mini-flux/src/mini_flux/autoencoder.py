@@ -120,7 +120,7 @@ def train_judge(images: Tensor, labels: Tensor, seconds: float, log: Log, batch:
     """On the two-thing pictures only (labels >= 0)."""
     pairs = (labels[:, 0] >= 0).nonzero()[:, 0].to(images.device)
     labels = labels.to(images.device)
-    judge = Judge().to(images.device, memory_format=torch.channels_last).train()
+    judge = Judge().to(images.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.02, fused=images.is_cuda)
     start, step = time.monotonic(), 0
     while (progress := (time.monotonic() - start) / seconds) < 1:
@@ -136,4 +136,5 @@ def train_judge(images: Tensor, labels: Tensor, seconds: float, log: Log, batch:
         if step % 200 == 0:
             log(f"judge step {step} progress {progress:.2f} loss {loss.item() / len(HEADS):.4f} a head")
     log(f"judge: {step} steps")
-    return judge.to(memory_format=torch.contiguous_format).eval()
+    trained: Judge = judge.to(memory_format=torch.contiguous_format).eval()
+    return trained

@@ -141,7 +141,7 @@ class Trainer:
         return torch.lerp(unconditional, conditional, weight[:, None, None])
 
     def run(
-        self, phase: str, seconds: float, peak: float, warmup: int, previews: Callable[[float], None] | None = None
+        self, phase: str, seconds: float, peak: float, warmup: int, previews: Callable[[float], object] | None = None
     ) -> None:
         """Train for `seconds` in all, going on from the phase's checkpoint if there is one."""
         loss_of = {"flow": self.flow_loss, "distill": self.distill_loss}[phase]

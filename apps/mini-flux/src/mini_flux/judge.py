@@ -86,8 +86,9 @@ def judge_images(seen: Tensor, scenes: Sequence[Scene]) -> Verdict:
     """What was read, against what the captions say."""
     want = labels(scenes)
     ok = [_one(s.tolist(), w.tolist()) for s, w in zip(seen, want, strict=True)]
-    share = [sum(column) / len(ok) for column in zip(*ok, strict=True)]
-    return Verdict(*share, images=len(ok))
+    names = ("object", "color", "relation", "all", "material", "size", "floor")
+    share = {name: sum(column) / len(ok) for name, column in zip(names, zip(*ok, strict=True), strict=True)}
+    return Verdict(**share, images=len(ok))
 
 
 def _one(seen: list[int], want: list[int]) -> tuple[bool, ...]:

@@ -89,8 +89,8 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """The full plain caption; with `rng` a varied one: synonyms, dropped attributes, the two things in either order."""
     if rng is None:
         names = [_named(t.words()) for t in scene.things]
-        relation = f" {RELATIONS[scene.relation]} " if len(names) == 2 else ""
-        return f"{relation.join(names)} on a {FLOORS[scene.floor]} floor"
+        joint = f" {RELATIONS[scene.relation]} " if len(names) == 2 else ""
+        return f"{joint.join(names)} on a {FLOORS[scene.floor]} floor"
 
     def pick(word: str) -> str:
         return rng.choice(SYNONYMS.get(word, (word,)))

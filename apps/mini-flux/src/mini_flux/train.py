@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from mini_flux.autoencoder import Log, encode, reconstruction_psnr, train_judge, train_vae
 from mini_flux.data import Drawn, draw, render_all, token_ids
 from mini_flux.flow import Examples, Parts, Trainer
-from mini_flux.judge import HEADS, Verdict, judge_images, labels, load_judge, read, save_judge
+from mini_flux.judge import HEADS, Judge, Verdict, judge_images, labels, load_judge, read, save_judge
 from mini_flux.parts import (
     CLIP_LENGTH,
     IMAGE_SIZE,
@@ -134,7 +134,7 @@ def _pictures(work: Path, recipe: Recipe, drawn: Drawn, device: str, log: Log) -
 
 
 @torch.no_grad()
-def check_judge(judge: torch.nn.Module, device: str, count: int) -> dict[str, float]:
+def check_judge(judge: Judge, device: str, count: int) -> dict[str, float]:
     """Share of held-out renderings (pairs never trained on) that the judge reads right, by head and all of them."""
     from mini_flux.render import render
 

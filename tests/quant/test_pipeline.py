@@ -108,7 +108,7 @@ def test_refuses_to_quantize_twice_and_to_generate_without_a_pipeline(quantized_
 
 
 def test_open_folder_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder$"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder$"):
         open_folder(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="someone/model: no such folder, and the hub did not give it: "):
         open_folder("someone/model")

@@ -80,7 +80,7 @@ def dequantize_(model: nn.Module) -> None:
 def plan_of(model: nn.Module) -> Plan:
     """The plan that a quantized model embodies, read from its layers; notes come from the plan applied to it."""
     applied = getattr(model, "convrot_plan", None)
-    known = {layer.name: layer for layer in applied.planned} if isinstance(applied, Plan) else {}
+    known = {layer.name: layer for layer in applied.layers} if isinstance(applied, Plan) else {}
     layers = []
     for layer in linears(model):
         scheme = layer.module.scheme if isinstance(layer.module, ConvLinear4bit) else None

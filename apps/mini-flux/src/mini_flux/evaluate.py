@@ -1,6 +1,7 @@
 """How often the pipeline draws what the caption says, by the judge's reading, with the level of chance beside it."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ def draw_captions(
 def chance(seen: Tensor, scenes: Sequence[Scene]) -> Verdict:
     """The same pictures against captions of other pictures: the mean over shifts of the list."""
     shifted = [judge_images(seen, [*scenes[k:], *scenes[:k]]) for k in CHANCE_SHIFTS if k < len(scenes)]
-    mean = {f: sum(getattr(v, f) for v in shifted) / len(shifted) for f in Verdict.__dataclass_fields__}
+    mean = {f: round(sum(getattr(v, f) for v in shifted) / len(shifted), 4) for f in Verdict.__dataclass_fields__}
     return Verdict(**mean | {"images": len(scenes)})
 
 
@@ -77,26 +78,21 @@ def judge_figures(judge_file: Path) -> dict[str, float]:
     return figures
 
 
-def save_sheet(images: Tensor, scenes: Sequence[Scene], path: Path, columns: int = 6) -> None:
+def save_sheet(images: Tensor, scenes: Sequence[Scene], path: Path, columns: int = 8) -> None:
     """Pictures with their captions under them, as one PNG."""
     from PIL import Image, ImageDraw, ImageFont
 
-    size, line, margin = IMAGE_SIZE, 11, 8
-    font = ImageFont.load_default(size=10)
-    cell_w, cell_h = size + margin * 2 + 8, size + margin + 4 * line + 6
+    size, gap, line, lines = 160, 14, 15, 4
+    font = ImageFont.load_default(size=12)
+    width, height = size + gap, size + gap + lines * line
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (cell_w * columns + margin, cell_h * rows + margin), "white")
+    sheet = Image.new("RGB", (width * columns + gap, height * rows + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (picture, scene) in enumerate(zip(images, scenes, strict=True)):
-        x, y = margin + i % columns * cell_w, margin + i // columns * cell_h
+        x, y = gap + i % columns * width, gap + i // columns * height
         pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((size + 16, size + 16), Image.Resampling.LANCZOS), (x, y))
-        draw.multiline_text((x, y + size + 18), _wrap(caption(scene), 27), fill="black", font=font, spacing=1)
+        sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS), (x, y))
+        for n, words in enumerate(textwrap.wrap(caption(scene), 27)[:lines]):
+            draw.text((x, y + size + 3 + n * line), words, fill="#222222", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
-
-
-def _wrap(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))

@@ -394,11 +394,26 @@ def test_an_index_cannot_point_out_of_its_folder(shards: Path, name: str) -> Non
         load_quantized(shards)
 
 
-def test_is_quantized_reads_one_header(one: Path, shards: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_is_quantized_by_its_config_or_its_files(
+    one: Path, shards: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
     assert is_quantized(one)
     assert is_quantized(shards)
     assert not is_quantized(pipeline_folder / "transformer")
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel", "quantization_config": "odd"}')
     assert not is_quantized(tmp_path)
+    config = json.loads((one / "config.json").read_text())
+    del config["quantization_config"]
+    (one / "config.json").write_text(json.dumps(config))
+    assert is_quantized(one)  # the files say it too
+    load_quantized(one)
+
+
+def test_diffusers_own_loader_refuses_the_folder(one: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    with pytest.raises(ValueError, match="Unknown quantization type, got convrot"):
+        FluxTransformer2DModel.from_pretrained(one)
 
 
 def test_symbolic_links_into_a_cache_are_followed(shards: Path, tmp_path: Path) -> None:

@@ -156,6 +156,30 @@ def test_modules_that_stay_in_fp32_and_computed_buffers_survive(tmp_path: Path) 
         assert torch.equal(again(*values).sample, model.eval()(*values).sample)
 
 
+def test_computed_buffers_get_the_dtype_that_diffusers_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+    class MadeUp(diffusers.ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, width: int = 512) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleDict({"lin": nn.Linear(width, 16)})])
+            self.register_buffer("table", torch.linspace(0, 3, 7), persistent=False)
+
+    monkeypatch.setattr(diffusers, "MadeUp", MadeUp, raising=False)
+    MadeUp().save_pretrained(tmp_path / "made")
+    model = MadeUp.from_pretrained(tmp_path / "made", torch_dtype=torch.bfloat16)
+    quantize_(model, progress=False)
+    save_quantized(model, tmp_path / "out")
+    again = load_quantized(tmp_path / "out")
+    assert again.table.dtype == model.table.dtype == torch.bfloat16
+    assert torch.equal(again.table, model.table)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_tied_tensors_are_written_under_each_name(make_flux: Flux, run: Run, tmp_path: Path) -> None:
     model = make_flux()
     norms = [block.attn.norm_q for block in model.single_transformer_blocks]

@@ -49,7 +49,7 @@ class Suite:
     def _load(self) -> Any:
         from diffusers import FluxPipeline
 
-        return FluxPipeline.from_pretrained(self.folder, torch_dtype=torch.bfloat16).to(self.device)
+        return FluxPipeline.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device)
 
     def draw(self) -> Tensor:
         return draw_captions(self.pipe, self.texts, steps=self.steps, batch=self.batch)

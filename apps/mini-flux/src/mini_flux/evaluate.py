@@ -56,7 +56,7 @@ def evaluate(
     """BF16 figures of a pipeline folder over held-out captions; `sheet`: a PNG of the first 48 pictures."""
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to(device)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     scenes = held_out_scenes(captions)
     images = draw_captions(pipe, [caption(s) for s in scenes], steps=steps)
     seen = read_images(load_judge(judge_file), images)

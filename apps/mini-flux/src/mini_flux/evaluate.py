@@ -1,9 +1,13 @@
 """How often the pipeline draws what the caption says, by the judge's reading, with the level of chance beside it."""
 
 import json
+import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +69,23 @@ def evaluate(
     return {
         "pipeline": folder.name, "dtype": "bfloat16", "steps": steps, "captions": captions, "seed": SEED,
         "accuracy": asdict(judge_images(seen, scenes)), "chance": asdict(chance(seen, scenes)),
-        "judge_on_held_out_renderings": judge_figures(judge_file),
+        "judge_on_held_out_renderings": judge_figures(judge_file), "made_with": facts(device),
     }  # fmt: skip
+
+
+def facts(device: str) -> dict[str, str]:
+    """The machine, the versions, the commit and the command behind a figure."""
+    import diffusers
+
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def judge_figures(judge_file: Path) -> dict[str, float]:

@@ -167,9 +167,10 @@ def test_a_recipe_keeps_its_shares_in_another_time():
 
 
 def test_the_command_line_draws_scenes(tmp_path):
-    from mini_flux.cli import app
     from PIL import Image
     from typer.testing import CliRunner
+
+    from mini_flux.cli import app
 
     result = CliRunner().invoke(app, ["scenes", str(tmp_path / "scenes.png"), "--count", "2"])
     assert result.exit_code == 0, result.output

@@ -80,8 +80,9 @@ class LayerPlan:
             raise ValueError(
                 f"Plan: a layer has a name, a shape [N, K], a dtype of torch, bias_bytes and a note; got {dict(data)!r}"
             )
-        scheme = _entry(data, "scheme")
-        return cls(name, *shape, dtype, bias_bytes, None if scheme is None else Scheme.from_dict(scheme), note)
+        (out_features, in_features), scheme = shape, _entry(data, "scheme")
+        decoded = None if scheme is None else Scheme.from_dict(scheme)
+        return cls(name, out_features, in_features, dtype, bias_bytes, decoded, note)
 
 
 def _entry(data: Any, key: str) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 from convrot_quant import quantize_
 from mini_flux.evaluate import draw_captions
+from mini_flux.parts import load_pipeline
 from mini_flux.scenes import caption, held_out_scenes
 
 pytestmark = pytest.mark.slow
@@ -22,9 +23,7 @@ def resident_mib() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 def test_fifty_generations_repeat_and_do_not_grow():
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(WEIGHTS, dtype=torch.bfloat16)
+    pipe = load_pipeline(WEIGHTS)
     quantize_(pipe.transformer, progress=False)
     text = [caption(s) for s in held_out_scenes(2)]
     first = draw_captions(pipe, text, steps=2)

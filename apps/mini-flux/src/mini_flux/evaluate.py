@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mini_flux.judge import Judge, Verdict, judge_images, load_judge, read
-from mini_flux.parts import IMAGE_SIZE, T5_LENGTH
+from mini_flux.parts import IMAGE_SIZE, T5_LENGTH, load_pipeline
 from mini_flux.scenes import Scene, caption, held_out_scenes
 
 SEED = 100  # the first image's; tuning elsewhere keeps to seeds below
@@ -58,9 +58,7 @@ def evaluate(
     folder: Path, judge_file: Path, *, captions: int, steps: int, device: str, sheet: Path | None = None
 ) -> dict[str, Any]:
     """BF16 figures of a pipeline folder over held-out captions; `sheet`: a PNG of the first 48 pictures."""
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    pipe = load_pipeline(folder, device)
     scenes = held_out_scenes(captions)
     images = draw_captions(pipe, [caption(s) for s in scenes], steps=steps)
     seen = read_images(load_judge(judge_file), images)

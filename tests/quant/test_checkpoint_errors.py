@@ -60,6 +60,18 @@ def unfit_group(folder: Path) -> None:
     rewrite(folder / WEIGHTS, metadata=metadata_of(folder) | {"convrot_plan": json.dumps(data)})
 
 
+def change_layer(folder: Path, name: str = LAYER, **values: object) -> None:
+    data = json.loads(metadata_of(folder)["convrot_plan"])
+    for layer in data["layers"]:
+        layer.update(values if layer["name"] == name else {})
+    rewrite(folder / WEIGHTS, metadata=metadata_of(folder) | {"convrot_plan": json.dumps(data)})
+
+
+def drop_metadata(folder: Path, key: str) -> None:
+    kept = {name: value for name, value in metadata_of(folder).items() if name != key}
+    rewrite(folder / WEIGHTS, metadata=kept)
+
+
 def change_config(folder: Path, **values: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
@@ -70,8 +82,57 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated header": (cut_header, "truncated or damaged"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}; give a folder written by save_quantized"),
     "foreign": (
-        lambda f: rewrite(f / WEIGHTS, metadata={"format": "pt"}),
+        lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS, {"format": "pt"}),
         "not written by convrot .* quantize the",
+    ),
+    "save_pretrained": (
+        lambda f: rewrite(f / WEIGHTS, metadata={"format": "pt"}),
+        r"written by save_pretrained\(\), which leaves out the plan; write it with save_quantized",
+    ),
+    "plan with another shape": (
+        lambda f: change_layer(f, shape=[512, 1024]),
+        rf"'{LAYER}' is \(512, 512\) in the model and \(512, 1024\) in the plan",
+    ),
+    "plan with another shape of a 16-bit layer": (
+        lambda f: change_layer(f, "proj_out", shape=[64, 64]),
+        r"'proj_out' is \(64, 512\) in the model and \(64, 64\) in the plan",
+    ),
+    "plan with another dtype": (
+        lambda f: change_layer(f, dtype="int8"),
+        f"the plan's dtype int8 of '{LAYER}' is not float16, bfloat16 or float32",
+    ),
+    "plan with another dtype of a 16-bit layer": (
+        lambda f: change_layer(f, "proj_out", dtype="float32"),
+        "'proj_out' is float32 in the plan and BF16 in its file",
+    ),
+    "no plan": (lambda f: drop_metadata(f, "convrot_plan"), r"is damaged \(no convrot_plan\); save"),
+    "versions that are a list": (
+        lambda f: rewrite(f / WEIGHTS, metadata=metadata_of(f) | {"convrot_versions": "[]"}),
+        r"is damaged \(convrot_versions is not a JSON object\); save",
+    ),
+    "config with a word for a number": (
+        lambda f: change_config(f, num_layers="x"),
+        r"config.json: FluxTransformer2DModel cannot be built from it: .*\(TypeError\); copy",
+    ),
+    "config of a VAE": (
+        lambda f: change_config(f, _class_name="AutoencoderKL"),
+        "config.json: AutoencoderKL cannot be built from it",
+    ),
+    "config with a negative size": (
+        lambda f: change_config(f, attention_head_dim=-1),
+        "config.json: FluxTransformer2DModel cannot be built from it: .*negative dimension",
+    ),
+    "config with a huge size": (
+        lambda f: change_config(f, attention_head_dim=10**12),
+        "config.json: FluxTransformer2DModel cannot be built from it",
+    ),
+    "config with a size that overflows": (
+        lambda f: change_config(f, joint_attention_dim=2**62),
+        "config.json: FluxTransformer2DModel cannot be built from it: .*overflow",
+    ),
+    "config with a billion layers": (
+        lambda f: change_config(f, num_layers=10**9),
+        r"config.json: it describes a model of more than \d+ tensors",
     ),
     "newer": (
         lambda f: rewrite(f / WEIGHTS, metadata=metadata_of(f) | {"convrot_format_version": "2"}),
@@ -111,7 +172,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "class that is no model": (lambda f: change_config(f, _class_name="FluxPipeline"), "has no model FluxPipeline"),
     "class that is no class": (lambda f: change_config(f, _class_name="logging"), "has no model logging"),
-    "config of another size": (lambda f: change_config(f, num_attention_heads=4), "must be|does not fit|lacks|unknown"),
+    "config of another size": (lambda f: change_config(f, num_attention_heads=4), "in the model and"),
 }
 
 

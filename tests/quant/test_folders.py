@@ -7,6 +7,8 @@ import pytest
 
 from convrot_quant.folders import replace_folder
 
+OLD = '{"_class_name": "FluxTransformer2DModel"}'
+
 
 def tree(root: Path) -> dict[str, bytes]:
     """Every file below, hidden ones too."""
@@ -17,7 +19,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def old(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("old")
+    (folder / "config.json").write_text(OLD)
     (folder / "part").mkdir()
     (folder / "part" / "x").write_text("old")
     return folder
@@ -65,7 +67,7 @@ def test_the_old_folder_survives_a_failure(old: Path) -> None:
 def test_overwrite_replaces_the_whole_folder(old: Path) -> None:
     with replace_folder(old, overwrite=True) as building:
         (building / "config.json").write_text("new")
-        assert tree(old) == {"config.json": b"old", "part/x": b"old"}
+        assert tree(old) == {"config.json": OLD.encode(), "part/x": b"old"}
     assert tree(old.parent) == {"model/config.json": b"new"}
     assert [path.name for path in old.parent.iterdir()] == ["model"]
 
@@ -109,7 +111,7 @@ def test_refuses_what_it_should_not_replace(tmp_path: Path, old: Path) -> None:
         (old, False, "exists; choose another destination, or overwrite it"),
         (file, True, "exists and is not a folder"),
         (link, True, "exists and is not a folder"),
-        (foreign, True, "not a model folder, so it is not overwritten"),
+        (foreign, True, "not a model folder of diffusers, so it is not overwritten"),
     ]
     for target, overwrite, message in cases:
         with pytest.raises(FileExistsError, match=message), replace_folder(target, overwrite=overwrite):
@@ -122,3 +124,78 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with replace_folder(tmp_path / "model") as building:
         (building / "x").write_text("new")
     assert tree(tmp_path) == {"model/x": b"new"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json"])
+@pytest.mark.parametrize("content", ['{"name": "my-site"}', "[1]", '{"_class_name": 3}', "{", "\xff"])
+def test_a_config_json_of_something_else_makes_no_model_folder(tmp_path: Path, name: str, content: str) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / name).write_text(content, encoding="latin-1")
+    (site / "index.html").write_text("x")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="not a model folder"), replace_folder(site, overwrite=True):
+        raise AssertionError("the body must not run")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json"])
+def test_overwrite_takes_either_mark_of_diffusers(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text(OLD)
+    with replace_folder(tmp_path / "model", overwrite=True) as building:
+        (building / "x").write_text("new")
+    assert tree(tmp_path) == {"model/x": b"new"}
+
+
+def test_of_two_runs_without_overwrite_the_later_one_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with replace_folder(tmp_path / "model") as mine:
+            (mine / "config.json").write_text("second")
+            with replace_folder(tmp_path / "model") as first:
+                (first / "config.json").write_text(OLD)
+
+    with pytest.raises(FileExistsError, match="exists; choose another destination, or overwrite it"):
+        write()
+    assert tree(tmp_path) == {"model/config.json": OLD.encode()}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_just_before_the_rename_is_kept(
+    tmp_path: Path, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def beaten(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").write_text(OLD)
+        rename(source, target)
+
+    def write() -> None:
+        with replace_folder(tmp_path / "model", overwrite=overwrite) as building:
+            (building / "config.json").write_text("second")
+            monkeypatch.setattr(os, "rename", beaten)
+
+    with pytest.raises(FileExistsError, match="exists; choose another destination"):
+        write()
+    assert tree(tmp_path) == {"model/config.json": OLD.encode()}
+
+
+def test_of_two_overwriting_runs_one_is_whole_and_no_rest_is_left(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def beaten(source: Path, target: Path) -> None:
+        if target == old:  # the old folder has stepped aside
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
+        rename(source, target)
+
+    def write() -> None:
+        with replace_folder(old, overwrite=True) as building:
+            (building / "config.json").write_text("ours")
+            monkeypatch.setattr(os, "rename", beaten)
+
+    with pytest.raises(OSError, match="not empty"):
+        write()
+    assert tree(old.parent) == {"model/config.json": b"theirs"}

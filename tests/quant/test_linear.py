@@ -216,3 +216,11 @@ def test_refuses_what_it_cannot_hold() -> None:
         broken.weight[7, 3] = float("inf")
     with pytest.raises(ValueError, match="must be finite after rotation in fp32; row 7 of 48 is not"):
         ConvLinear4bit.from_linear(broken, Scheme())
+
+
+@pytest.mark.parametrize("name", ["W4A4", "W8A8", "W4A16"])
+def test_an_input_of_another_width_is_refused_by_name(name: str) -> None:
+    layer = ConvLinear4bit.from_linear(nn.Linear(512, 32), Scheme.parse(name))
+    for width in (256, 1024):
+        with pytest.raises(ValueError, match=rf"ConvLinear4bit: .* must be in_features=512, got K={width}"):
+            layer(torch.ones(3, width))

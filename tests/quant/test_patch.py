@@ -79,9 +79,32 @@ def test_a_weight_that_overflows_when_rotated_is_refused_by_name() -> None:
     with torch.no_grad():
         row = hadamard(256, torch.float32, "cpu")[0].sign() * torch.finfo(torch.float32).max  # its sum is 16 times that
         model.blocks[0]["lin"].weight[3] = torch.cat([row, row])
-    with pytest.raises(ValueError, match=r"apply: 'blocks.0.lin': .*finite after rotation in fp32; row 3 of 16"):
+    with pytest.raises(ValueError, match=r"apply: 'blocks.0.lin' .*finite after rotation in fp32; row 3 of 16"):
         quantize_(model, progress=False)
     assert quantized(model) == {}
+
+
+def test_a_late_overflow_leaves_every_earlier_layer_as_it_was(make_flux: Flux) -> None:
+    model = make_flux(dtype=torch.float32)
+    before = {name: id(module) for name, module in model.named_modules()}
+    name = "single_transformer_blocks.1.proj_out"  # the last of the plan
+    weight = model.get_submodule(name).weight
+    row = hadamard(256, torch.float32, "cpu")[0].sign() * torch.finfo(torch.float32).max
+    with torch.no_grad():
+        weight[5] = row.repeat(weight.shape[1] // 256)
+    with pytest.raises(ValueError, match=rf"apply: '{name}' cannot be quantized: .*finite after rotation"):
+        quantize_(model, progress=False)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not hasattr(model, "convrot_plan")
+
+
+def test_a_large_weight_that_fits_when_rotated_is_quantized(make_flux: Flux) -> None:
+    model = make_flux(dtype=torch.float32)
+    name = "single_transformer_blocks.1.proj_out"
+    with torch.no_grad():
+        model.get_submodule(name).weight[5, 7] = torch.finfo(torch.float32).max / 2  # alone in its group: / 16 rotated
+    quantize_(model, progress=False)
+    assert name in quantized(model)
 
 
 def test_quantizing_twice_is_refused(make_flux: Flux) -> None:
@@ -115,6 +138,8 @@ def test_errors_say_what_to_do(make_flux: Flux, prompts: tuple[str, ...]) -> Non
     name = "transformer_blocks.0.attn.to_q"
     with pytest.raises(ValueError, match=r"expected a model such as pipe.transformer; got tuple"):
         plan(prompts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config must be a QuantConfig or the name of a preset; got 3"):
+        plan(model, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no linear 'nope'; plan this model first"):
         apply(model, {"nope": Scheme()})
     with pytest.raises(ValueError, match="'x_embedder' cannot be quantized: K=64 is not a multiple of group_size=256"):

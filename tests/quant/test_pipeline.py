@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -9,10 +10,11 @@ import numpy
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from torch import nn
 
 from convrot_quant import CheckpointError, ConvLinear4bit, QuantConfig, plan, quantize_
 from convrot_quant.generation import Settings, call_arguments, generate, image_size, text_length
-from convrot_quant.manifest import read_manifest
+from convrot_quant.manifest import is_quantized, read_manifest
 from convrot_quant.pipeline import load_pipeline, load_transformer, meta_transformer, open_folder, quantize_folder
 
 FAST = Settings(steps=2)
@@ -108,6 +110,17 @@ def test_refuses_to_quantize_twice_and_to_generate_without_a_pipeline(quantized_
         quantize_folder(open_folder(quantized_folder), tmp_path / "out", QuantConfig())
     with pytest.raises(CheckpointError, match="a bare transformer cannot generate; give a pipeline folder"):
         load_pipeline(open_folder(quantized_folder / "transformer"))
+
+
+def test_a_quantized_model_that_save_pretrained_wrote_is_refused(
+    make_flux: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = make_flux(1, 1)
+    quantize_(model, progress=False)
+    model.save_pretrained(tmp_path)
+    assert is_quantized(tmp_path)
+    with pytest.raises(CheckpointError, match=r"written by save_pretrained\(\), .* write it with save_quantized"):
+        load_transformer(tmp_path)
 
 
 def test_open_folder_says_what_is_missing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from convrot_quant.folders import replace_folder
-from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
 from convrot_quant.manifest import (
     FORMAT_VERSION,
     INDEX,
@@ -31,10 +31,11 @@ from convrot_quant.manifest import (
     WEIGHTS,
     CheckpointError,
     Manifest,
-    diffusers_class,
     read_manifest,
 )
 from convrot_quant.patch import plan_of
+from convrot_quant.rules import linears
+from convrot_quant.skeleton import empty_model
 
 PACKAGES = ("convrot-quant", "convrot-kernels", "torch", "diffusers")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -62,6 +63,7 @@ def save_quantized(
 ) -> None:
     """Write a quantized model as a folder: config.json and safetensors. The folder appears whole or not at all."""
     check_saveable(model)
+    check_shard_size(max_shard_size)
     with replace_folder(folder, overwrite=overwrite) as building:
         write_quantized(model, building, max_shard_size=max_shard_size, progress=progress)
 
@@ -75,6 +77,21 @@ def check_saveable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Linear):
             raise ValueError(f"save_quantized: {name!r} is a LoRA layer; unload the LoRA first, it is saved apart")
+
+
+def check_shard_size(size: int | str) -> None:
+    """Errors for a size of shards that is none: only the hub's own reader knows them all."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        zero_or_less = size <= 0 if isinstance(size, int) else size.strip().startswith("-")
+        reason = "it must be more than 0" if zero_or_less else ""
+    if reason:
+        raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {size!r}: {reason}")
 
 
 def write_quantized(model: nn.Module, folder: Path, *, max_shard_size: int | str, progress: bool = False) -> None:
@@ -132,18 +149,13 @@ def load_quantized(
 
 def build_quantized(manifest: Manifest) -> nn.Module:
     """The model of a manifest with its parameters on the meta device, planned layers already ConvLinear4bit."""
-    from accelerate import init_empty_weights
-
-    class_name = manifest.config["_class_name"]
-    model_class = diffusers_class(manifest.folder, manifest.config)
-    with _default_dtype(manifest), init_empty_weights():
-        model: nn.Module = model_class.from_config(manifest.config)
+    _check_dtypes(manifest)
+    with _default_dtype(manifest):
+        model = empty_model(manifest.folder, manifest.config, most_parameters=2 * len(manifest.tensors))
+    _check_shapes(manifest, model)
     dtypes = {layer.name: getattr(torch, layer.dtype) for layer in manifest.plan.layers}
     for name, scheme in manifest.plan.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(f"{manifest.folder}: the plan names {name!r}, which {class_name} lacks") from None
+        linear = model.get_submodule(name)
         if type(linear) is not nn.Linear or linear.in_features % scheme.group_size:
             raise CheckpointError(
                 f"{manifest.folder}: the plan's {scheme.name} g{scheme.group_size} does not fit {name!r}"
@@ -154,6 +166,39 @@ def build_quantized(manifest: Manifest) -> nn.Module:
         layer.compute_dtype = dtypes[name]
         model.set_submodule(name, layer)
     return model
+
+
+def _check_dtypes(manifest: Manifest) -> None:
+    """The plan's dtypes are those of 16-bit values, and of a 16-bit layer the one that its file has."""
+    for layer in manifest.plan.layers:
+        header = manifest.tensors.get(f"{layer.name}.weight")
+        dtype = getattr(torch, layer.dtype)
+        if not dtype.is_floating_point or (layer.scheme is not None and dtype not in COMPUTE_DTYPES):
+            raise CheckpointError(
+                f"{manifest.folder}: the plan's dtype {layer.dtype} of {layer.name!r} is not float16, bfloat16 or "
+                "float32; save the model again"
+            )
+        if layer.scheme is None and header is not None and _DTYPES.get(header.dtype, dtype) != dtype:
+            raise CheckpointError(
+                f"{manifest.folder}: {layer.name!r} is {layer.dtype} in the plan and {header.dtype} in its file; "
+                "save the model again"
+            )
+
+
+def _check_shapes(manifest: Manifest, model: nn.Module) -> None:
+    """Every linear that the plan names is in the model with the plan's shape (N, K)."""
+    layers = {layer.name: layer.module for layer in linears(model)}
+    for layer in manifest.plan.layers:
+        if layer.name not in layers:
+            class_name = type(model).__name__
+            raise CheckpointError(f"{manifest.folder}: the plan names {layer.name!r}, which {class_name} lacks")
+        is_ = (layers[layer.name].out_features, layers[layer.name].in_features)
+        was = (layer.out_features, layer.in_features)
+        if is_ != was:
+            raise CheckpointError(
+                f"{manifest.folder}: {layer.name!r} is {is_} in the model and {was} in the plan (N, K); "
+                "save the model again"
+            )
 
 
 def check_tensors(manifest: Manifest, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARKS = ("config.json", "model_index.json")  # a folder with none of these is not ours to delete
+MARKS = ("model_index.json", "config.json")  # one of these with diffusers' _class_name makes a model folder
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def replace_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[P
     """Yield an empty sibling folder; on success it becomes `folder`, on any error it vanishes.
 
     An existing folder is refused without overwrite. With it, the old folder stays in place until the new one is
-    complete and synced to disk, and comes back if the last rename fails.
+    complete and synced to disk, and comes back if the last rename fails. What is true of the destination is looked at
+    again before the rename: of two runs without overwrite, the one that ends last fails.
     """
     target = Path(os.path.abspath(folder))
     _refuse(target, overwrite)
@@ -27,7 +29,8 @@ def replace_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[P
     try:
         yield building
         _sync(building)
-        _swap(building, target)
+        _refuse(target, overwrite)
+        _swap(building, target, overwrite)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -40,26 +43,53 @@ def _refuse(target: Path, overwrite: bool) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
+        raise _exists(target)
+    if not any(_names_a_class(target / mark) for mark in MARKS):
         raise FileExistsError(
-            f"{target} exists; choose another destination, or overwrite it (overwrite=True, --overwrite)"
-        )
-    if not any((target / mark).is_file() for mark in MARKS):
-        raise FileExistsError(
-            f"{target} holds neither {' nor '.join(MARKS)}: not a model folder, so it is not overwritten"
+            f"{target} holds neither {' nor '.join(MARKS)} with a _class_name: not a model folder of diffusers, so it "
+            "is not overwritten; choose another destination"
         )
 
 
-def _swap(building: Path, target: Path) -> None:
-    """Rename the new folder into place; an old one steps aside first and is deleted last."""
-    if not target.exists():
-        os.rename(building, target)
+def _exists(target: Path) -> FileExistsError:
+    return FileExistsError(
+        f"{target} exists; choose another destination, or overwrite it (overwrite=True, --overwrite)"
+    )
+
+
+def _names_a_class(path: Path) -> bool:
+    """Whether this is a JSON file that diffusers wrote: web projects and other tools have a config.json too."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and isinstance(data.get("_class_name"), str)
+
+
+def _swap(building: Path, target: Path, overwrite: bool) -> None:
+    """Rename the new folder into place; an old one steps aside first and is deleted last.
+
+    A rename onto a folder with files in it fails, so nobody else's folder can be lost between a look and the rename.
+    """
+    if not overwrite or not target.exists():
+        if os.name == "nt" and target.is_dir():
+            target.rmdir()  # Windows renames onto nothing that exists, POSIX systems onto an empty folder
+        try:
+            os.rename(building, target)
+        except OSError:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise _exists(target) from None
+            raise
         return
     aside = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     os.rename(target, aside)
     try:
         os.rename(building, target)
     except BaseException:
-        os.rename(aside, target)
+        if target.exists():  # another run's folder took the place: the old one has been replaced after all
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -13,6 +13,12 @@ import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one that a pipeline has reads the whole prompt
+
+
+class SettingsError(ValueError):
+    """Settings that this pipeline cannot take, in one sentence that says what it can."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -72,6 +78,7 @@ def _one_image(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any], bar
 def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     """The pipeline call's keyword arguments; an option that the pipeline does not have is refused, not dropped."""
     known = inspect.signature(pipe.__call__).parameters
+    _check_size(pipe, settings)
     wanted = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance if settings.guidance is not None else _default(known, "guidance_scale"),
@@ -83,7 +90,52 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     for name in (*arguments, "callback_on_step_end"):
         if name not in known:
             raise ValueError(f"{type(pipe).__name__} has no option {name}; leave it out or use another pipeline")
+    if settings.max_sequence_length is not None:
+        _check_text_length(pipe, arguments)
     return arguments
+
+
+def size_multiple(pipe: Any) -> int:
+    """What height and width must be multiples of: the VAE's scale, twice where the transformer takes 2 x 2 patches."""
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if not isinstance(scale, int):
+        return 1
+    return scale if scale >= 32 else 2 * scale  # VAEs of 32 x and more (Sana's) leave no patches to make
+
+
+def _check_size(pipe: Any, settings: Settings) -> None:
+    """A size that the pipeline would round down without a word is refused."""
+    multiple = size_multiple(pipe)
+    for name, size in (("height", settings.height), ("width", settings.width)):
+        if size is not None and (size % multiple or size <= 0):
+            near = max(round(size / multiple), 1) * multiple
+            raise SettingsError(
+                f"{name} must be a multiple of {multiple} for {type(pipe).__name__}, got {size}; use {near}"
+            )
+
+
+def _check_text_length(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """The pipeline's own check of max_sequence_length, before the work instead of after it."""
+    check = getattr(pipe, "check_inputs", None)
+    if check is None:
+        return
+    values = {"prompt": "", **arguments}
+    parameters = inspect.signature(check).parameters
+    try:
+        check(**{name: values.get(name, _default(parameters, name)) for name in parameters})
+    except ValueError as error:
+        if "max_sequence_length" in str(error):  # other complaints are about what is not known yet
+            raise SettingsError(f"{type(pipe).__name__}: {error}") from None
+
+
+def cut_prompts(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """(number of the prompt, from 1; its tokens; the limit) for each prompt whose end the pipeline cuts off."""
+    tokenizers = [t for name in TOKENIZERS if (t := getattr(pipe, name, None)) is not None]
+    if not tokenizers:
+        return []
+    limit = arguments.get("max_sequence_length", tokenizers[-1].model_max_length)
+    counts = [len(tokenizers[-1](prompt, truncation=False).input_ids) for prompt in prompts]
+    return [(i, count, limit) for i, count in enumerate(counts, 1) if count > limit]
 
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
@@ -102,7 +154,7 @@ def text_length(pipe: Any) -> int | None:
     parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
     if parameter is None or not isinstance(parameter.default, int):
         return None
-    tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
     limits = [int(t.model_max_length) for t in tokenizers if t is not None]
     return min(parameter.default, limits[-1]) if limits else parameter.default
 

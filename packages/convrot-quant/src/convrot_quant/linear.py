@@ -103,6 +103,11 @@ class ConvLinear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), the dtype of x."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"ConvLinear4bit: the last dimension of x must be in_features={self.in_features}, got K={x.shape[-1]}; "
+                "pass the input that the 16-bit layer takes"
+            )
         scheme = self.scheme
         if scheme.activation_bits == 16:
             values = rotate(x, scheme.group_size)

@@ -48,13 +48,24 @@ class Manifest:
 
 
 def is_quantized(folder: str | Path) -> bool:
-    """Whether a model folder was written by save_quantized (of any format version); reads config.json or one header."""
+    """Whether a model folder was written by save_quantized (of any format version); reads config.json or one header.
+
+    Also true of a quantized model that save_pretrained wrote: read_manifest says how to write it instead.
+    """
     mark = read_config(Path(folder)).get(MARK_KEY)
     if isinstance(mark, dict) and mark.get("quant_method") == MARK["quant_method"]:
         return True
     for path in sorted(Path(folder).glob("*.safetensors")):
-        return any(key.startswith("convrot_") for key in _read_header(path)[0])
+        metadata, tensors = _read_header(path)
+        return any(key.startswith("convrot_") for key in metadata) or _lacks_plan(metadata, tensors)
     return False
+
+
+def _lacks_plan(metadata: dict[str, str], tensors: dict[str, TensorHeader]) -> bool:
+    """Whether a file holds codes with their fp32 scales, but not the plan to read them by."""
+    scales = (name for name, header in tensors.items() if name.endswith(".weight_scale") and header.dtype == "F32")
+    weights = (tensors.get(name.removesuffix("_scale")) for name in scales)
+    return VERSION_KEY not in metadata and any(w is not None and w.dtype in ("U8", "I8") for w in weights)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -67,6 +78,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     tensors: dict[str, TensorHeader] = {}
     for path in files:
         own, found = _read_header(path)
+        if _lacks_plan(own, found):
+            raise CheckpointError(
+                f"{path}: a quantized model written by save_pretrained(), which leaves out the plan; write it with "
+                "save_quantized(model, folder)"
+            )
         _check_metadata(path, own, metadata or own)
         metadata = metadata or own
         for name, header in found.items():
@@ -78,12 +94,22 @@ def read_manifest(folder: str | Path) -> Manifest:
     missing = sorted(set(index) - set(tensors))
     if missing:
         raise CheckpointError(f"{folder}: {INDEX} lists {missing[0]!r}, but its file lacks it; copy the folder again")
-    try:
-        plan = Plan.from_json(metadata[PLAN_KEY])
-        versions = {str(key): str(value) for key, value in json.loads(metadata[VERSIONS_KEY]).items()}
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{files[0]}: its convrot metadata is damaged ({error}); save the model again") from None
+    plan, versions = _plan_and_versions(files[0], metadata)
     return Manifest(folder, plan, versions, config, tensors, sum(path.stat().st_size for path in files))
+
+
+def _plan_and_versions(path: Path, metadata: dict[str, str]) -> tuple[Plan, dict[str, str]]:
+    """What a file's metadata says beyond its format version."""
+    try:
+        for key in (PLAN_KEY, VERSIONS_KEY):
+            if key not in metadata:
+                raise ValueError(f"no {key}")
+        plan, versions = Plan.from_json(metadata[PLAN_KEY]), json.loads(metadata[VERSIONS_KEY])
+        if not isinstance(versions, dict):
+            raise ValueError(f"{VERSIONS_KEY} is not a JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its convrot metadata is damaged ({error}); save the model again") from None
+    return plan, {str(key): str(value) for key, value in versions.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,10 +143,12 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        entries = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a shard index ({error}); copy the folder again") from None
+    entries = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: not a shard index (no weight_map of files); copy the folder again")
     if not entries:
         raise CheckpointError(f"{path}: the shard index is empty; copy the folder again")
     for name in set(map(str, entries.values())):

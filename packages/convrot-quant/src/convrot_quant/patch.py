@@ -6,6 +6,7 @@ layer.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from convrot_quant.config import QuantConfig, Scheme
-from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.linear import ConvLinear4bit, quantize_weight
 from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.rules import Linear, cannot_run, choose, linears
 
@@ -26,6 +27,8 @@ def plan(model: nn.Module, config: QuantConfig | str = "ours") -> Plan:
     """
     _refuse_unplannable(model)
     config = QuantConfig.preset(config) if isinstance(config, str) else config
+    if not isinstance(config, QuantConfig):
+        raise ValueError(f"plan: config must be a QuantConfig or the name of a preset; got {config!r}")
     model_class = type(model).__name__
     layers = [_layer_plan(layer, *choose(layer, config, model_class)) for layer in linears(model)]
     return Plan(layers, config, model_class, model_bytes(model) - sum(layer.bytes_before for layer in layers))
@@ -40,7 +43,7 @@ def apply(
     All weights are checked before the first layer changes, so a refusal leaves the model as it was.
     """
     _refuse_unplannable(model)
-    _check_plan(model, plan)
+    _check_plan(model, plan, device)
     quiet = not progress or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
     for name in tqdm(plan, desc="quantize", unit="layer", disable=quiet, leave=False):
         _quantize_layer(model, name, plan[name], device)
@@ -126,8 +129,8 @@ def _refuse_unplannable(model: nn.Module) -> None:
             raise ValueError(f"plan: {name!r} has an offloading hook; quantize first, then enable offloading")
 
 
-def _check_plan(model: nn.Module, plan: Mapping[str, Scheme]) -> None:
-    """Every planned layer against the model: it is there, can run, has the planned shape, and its weight is finite."""
+def _check_plan(model: nn.Module, plan: Mapping[str, Scheme], device: torch.device | str | None) -> None:
+    """Every planned layer against the model: it is there, has the planned shape, and can be quantized."""
     layers = {layer.name: layer for layer in linears(model)}
     planned = {layer.name: layer for layer in plan.planned} if isinstance(plan, Plan) else {}
     for name, scheme in plan.items():
@@ -139,22 +142,32 @@ def _check_plan(model: nn.Module, plan: Mapping[str, Scheme]) -> None:
         if old is not None and (old.out_features, old.in_features) != shape:
             was = (old.out_features, old.in_features)
             raise ValueError(f"apply: {name!r} is {shape} here and {was} in the plan (N, K); plan this model first")
-        reason = cannot_run(layers[name])
-        if not reason and module.in_features % scheme.group_size:
-            reason = f"K={module.in_features} is not a multiple of group_size={scheme.group_size}"
-        if not reason and module.weight.is_meta:
-            reason = "its weight is on the meta device; load the weights first"
-        if not reason and not all(torch.isfinite(extreme) for extreme in module.weight.detach().aminmax()):
-            reason = "its weight holds NaN or inf; repair it or keep this layer in 16 bits"
+        reason = cannot_run(layers[name]) or _unfit(module, scheme, device)
         if reason:
             raise ValueError(f"apply: {name!r} cannot be quantized: {reason}")
+
+
+def _unfit(module: nn.Linear, scheme: Scheme, device: torch.device | str | None) -> str:
+    """Why this weight (N, K) cannot be quantized by this scheme, or "". Values too large to rotate are rotated to see.
+
+    No sum of a rotation, nor a partial one, exceeds group_size * absmax: smaller weights need no try.
+    """
+    if module.in_features % scheme.group_size:
+        return f"K={module.in_features} is not a multiple of group_size={scheme.group_size}"
+    if module.weight.is_meta:
+        return "its weight is on the meta device; load the weights first"
+    low, high = (float(extreme) for extreme in module.weight.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "its weight holds NaN or inf; repair it or keep this layer in 16 bits"
+    if max(-low, high) * scheme.group_size > torch.finfo(torch.float32).max:
+        try:
+            quantize_weight(module.weight.to(device or module.weight.device), scheme)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def _quantize_layer(model: nn.Module, name: str, scheme: Scheme, device: torch.device | str | None) -> None:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear), "_check_plan has seen it"
-    try:
-        quantized = ConvLinear4bit.from_linear(layer, scheme, device=device)
-    except ValueError as error:
-        raise ValueError(f"apply: {name!r}: {error}") from None
-    model.set_submodule(name, quantized)
+    model.set_submodule(name, ConvLinear4bit.from_linear(layer, scheme, device=device))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from convrot_quant.checkpoint import load_quantized, write_quantized
@@ -19,6 +21,7 @@ from convrot_quant.folders import replace_folder
 from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config
 from convrot_quant.patch import apply, plan
 from convrot_quant.plans import Plan
+from convrot_quant.skeleton import empty_model
 
 TRANSFORMERS = ("transformer", "transformer_2")  # Wan 2.2 has two
 _ROOT_FILES = ("model_index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -92,21 +95,16 @@ def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def meta_transformer(path: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A transformer's modules with shapes and no values, from its config.json alone."""
-    from accelerate import init_empty_weights
-
-    config = read_config(path)
-    with init_empty_weights():
-        model: nn.Module = diffusers_class(path, config).from_config(config)
-    return model.to(dtype)
+    return empty_model(path, read_config(path)).to(dtype)
 
 
 def load_transformer(path: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> nn.Module:
     """A transformer folder, 16-bit or quantized, as a model."""
     if is_quantized(path):
         return load_quantized(path, device=device, dtype=dtype)
-    model: nn.Module = diffusers_class(path, read_config(path)).from_pretrained(
-        path, local_files_only=True, **_dtype(dtype)
-    )
+    model_class = diffusers_class(path, read_config(path))
+    with _loading(path):
+        model: nn.Module = model_class.from_pretrained(path, local_files_only=True, **_dtype(dtype))
     return model.to(device).eval()
 
 
@@ -121,8 +119,23 @@ def load_pipeline(folder: ModelFolder, *, dtype: torch.dtype = torch.bfloat16, d
     quantized = {
         name: load_quantized(path, dtype=dtype) for name, path in folder.transformers.items() if is_quantized(path)
     }
-    pipe = DiffusionPipeline.from_pretrained(folder.root, local_files_only=True, **_dtype(dtype), **quantized)
+    _read_index(folder.root)
+    with _loading(folder.root):
+        pipe = DiffusionPipeline.from_pretrained(folder.root, local_files_only=True, **_dtype(dtype), **quantized)
     return pipe.to(device)
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Whatever diffusers raises on damaged files, as one sentence that names the folder."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        reason = (
+            lines[0] if isinstance(error, (ValueError, SafetensorError)) else f"{lines[0]} ({type(error).__name__})"
+        )
+        raise CheckpointError(f"{path}: diffusers cannot load it: {reason}; copy or download it again") from error
 
 
 def quantize_folder(
@@ -162,10 +175,21 @@ def quantize_folder(
     return plans
 
 
+def _read_index(root: Path) -> dict[str, Any]:
+    """model_index.json of a pipeline folder."""
+    path = root / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{path}: no _class_name; it is not the index of a diffusers pipeline")
+    return index
+
+
 def _copy_components(folder: ModelFolder, building: Path) -> None:
     """Every component folder that model_index.json names, and the root's cards; links are followed."""
-    index = json.loads((folder.root / "model_index.json").read_text(encoding="utf-8"))
-    for name in index:
+    for name in _read_index(folder.root):
         source = folder.root / name
         if name not in folder.transformers and not name.startswith("_") and source.is_dir():
             shutil.copytree(source, building / name)

@@ -21,9 +21,9 @@ convrot doctor --json
 PACKAGES = ("convrot-quant", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
-def command(json: Json = False, quiet: Quiet = False) -> None:
+def command(as_json: Json = False, quiet: Quiet = False) -> None:
     """Check this machine: package versions, GPUs, and every backend with why it cannot run. Exit code 1 if none can."""
-    output = Output(json, quiet)
+    output = Output(as_json, quiet)
     report = examine()
     report["packages"] = report["packages"] | {package: _version(package) for package in PACKAGES}
     packages = Table("package", "version", box=box.SIMPLE_HEAD, pad_edge=False)

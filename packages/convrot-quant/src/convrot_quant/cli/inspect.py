@@ -31,11 +31,11 @@ def command(
     override: Override = None,
     every: Annotated[bool, typer.Option("--all", help="One row a layer, instead of one for all blocks alike.")] = False,
     dtype: Dtype = DType.bfloat16,
-    json: Json = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show each linear's scheme, or why it stays in 16 bits, and the bytes before and after."""
-    output = Output(json, quiet)
+    output = Output(as_json, quiet)
     hush(quiet=quiet)
     config = read_config(preset, keep, override)
     folder = open_folder(model, weights=False)

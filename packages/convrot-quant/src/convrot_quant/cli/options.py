@@ -61,9 +61,13 @@ PromptsFile = Annotated[
     Path | None,
     typer.Option(help="A text file with one prompt a line; # starts a comment line.", exists=True, dir_okay=False),
 ]
-Seed = Annotated[int, typer.Option(help="Image i of the run uses seed + i.", min=0)]
+Seed = Annotated[int, typer.Option(help="Image i of the run uses seed + i.", min=0, max=2**63 - 1)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")]
+Sheet = Annotated[
+    Path | None,
+    typer.Option(help="Compare with the 16-bit model; write all images side by side to this file (.png) with errors."),
+]
 Height = Annotated[int | None, typer.Option(help="Pixels. Default: what the VAE was made for.", min=16)]
 Width = Annotated[int | None, typer.Option(help="Pixels. Default: what the VAE was made for.", min=16)]
 NumImages = Annotated[int, typer.Option(help="Images per prompt.", min=1)]
@@ -105,17 +109,32 @@ def read_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise typer.BadParameter(f"--device {device!r} is not a device; use cpu, cuda or cuda:1") from None
+        kind = "meta"
+    if kind == "meta":  # a device without values
+        raise typer.BadParameter(f"--device {device!r} is not a device; use cpu, cuda or cuda:1")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no usable CUDA GPU; use --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for a device it cannot use
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
+        raise ValueError(f"--device {device}: not usable on this machine ({reason}); use --device cpu") from None
     return device
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
     """--prompt and --prompts-file together, in that order."""
     found = list(prompts or ())
     if file is not None:
-        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        lines = (line.strip() for line in read_text(file).splitlines())
         found += [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise typer.BadParameter("nothing to draw: give --prompt TEXT or --prompts-file FILE")

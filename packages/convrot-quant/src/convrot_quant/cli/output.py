@@ -10,18 +10,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import typer
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
+from safetensors import SafetensorError
 
 from convrot_kernels import BackendError
 from convrot_quant.compare import Result
+from convrot_quant.generation import SettingsError
 from convrot_quant.plans import size_text
 
 WIDTH = 120  # where the output is no terminal
 ERRORS = (("psnr_db_mean", 2), ("ssim_mean", 4), ("layer_l2_median", 4))  # key of Result.to_dict, digits
+MACHINE_ERRORS = (  # what torch says, in a plain RuntimeError, of a machine that is too small or has no such device
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "CUDA error",
+    "CUDA driver",
+    "No CUDA GPUs",
+)
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -49,6 +58,11 @@ class Output:
             for renderable in renderables:
                 console.print(renderable, soft_wrap=isinstance(renderable, str), markup=False)
 
+    def warn(self, text: str) -> None:
+        """One line on stderr, also beside --json; not with --quiet."""
+        if not self.quiet:
+            typer.echo(f"convrot: warning: {text}", err=True)
+
     def result(self, data: dict[str, Any]) -> None:
         """The command's result as JSON, when that was asked for."""
         if self.as_json:
@@ -62,13 +76,22 @@ def sentences(command: Command) -> Command:
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-        except (ValueError, OSError, ImportError, BackendError, torch.OutOfMemoryError) as error:
-            if os.environ.get("CONVROT_DEBUG"):
+        except Exception as error:
+            if os.environ.get("CONVROT_DEBUG") or not _is_expected(error):
                 raise
-            typer.echo(f"convrot: {' '.join(str(error).split())}", err=True)
+            if isinstance(error, SettingsError):
+                raise typer.BadParameter(str(error)) from None
+            typer.echo(f"convrot: {' '.join(str(error).split()) or 'out of memory'}", err=True)
             raise typer.Exit(1) from None
 
     return run  # type: ignore[return-value]  # functools.wraps keeps the signature that typer reads
+
+
+def _is_expected(error: BaseException) -> bool:
+    """Whether the input or the machine is at fault; any other error is one of this program and keeps its traceback."""
+    if isinstance(error, (ValueError, OSError, ImportError, BackendError, SafetensorError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MACHINE_ERRORS)
 
 
 def hush(*, quiet: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from convrot_quant.checkpoint import check_shard_size
 from convrot_quant.cli.options import (
     Device,
     DType,
@@ -20,6 +22,7 @@ from convrot_quant.cli.options import (
     check_globs,
     read_config,
     read_device,
+    read_text,
 )
 from convrot_quant.cli.output import Output, hush
 from convrot_quant.config import QuantConfig
@@ -34,42 +37,40 @@ convrot quantize ./FLUX.1-dev -o ./out --preset paper --keep 'single_transformer
 
 convrot quantize ./FLUX.1-dev/transformer -o ./out --override '*.to_out.0=W8A8' --max-shard-size 2GB
 """
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears whole or not at all.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Quantize by this plan (from `convrot inspect --json`) instead of a preset.", exists=True, dir_okay=False
+    ),
+]
+MaxShardSize = Annotated[str, typer.Option(help="Of each safetensors file.", metavar="SIZE")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
 
 
 def command(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears whole or not at all.")],
+    out: Out,
     preset: Preset = "ours",
     keep: Keep = None,
     override: Override = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            help="Quantize by this plan (from `convrot inspect --json`) instead of a preset.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
+    plan: PlanFile = None,
     device: Device = "auto",
     dtype: Dtype = DType.bfloat16,
-    max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.", metavar="SIZE")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
-    json: Json = False,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a model folder with its transformer rotated and quantized.
 
     A pipeline folder gives a whole pipeline folder, a transformer folder a transformer folder.
     """
-    output = Output(json, quiet)
+    output = Output(as_json, quiet)
     hush(quiet=quiet)
-    if plan is not None and (preset != "ours" or keep or override):
-        raise typer.BadParameter("--plan decides every layer; leave out --preset, --keep and --override")
-    config: QuantConfig | Plan = read_config(preset, keep, override)
-    if plan is not None:
-        config = _read_plan(plan)
-    place = read_device(device)
-    folder = open_folder(model)
+    config = _read_config(preset, keep, override, plan)
+    _check_shard_size(max_shard_size)
+    place, folder = read_device(device), open_folder(model)
     check_globs([meta_transformer(path) for path in folder.transformers.values()], keep, override)
     plans = quantize_folder(
         folder,
@@ -91,17 +92,39 @@ def _figures(plan: Plan) -> dict[str, object]:
     return {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after, "plan": plan.to_dict()}
 
 
-def _read_plan(path: Path) -> Plan:
-    import json
+def _read_config(
+    preset: str, keep: list[str] | None, override: list[str] | None, plan: Path | None
+) -> QuantConfig | Plan:
+    """What decides the layers: the options, or a plan's file alone."""
+    if plan is None:
+        return read_config(preset, keep, override)
+    if preset != "ours" or keep or override:
+        raise typer.BadParameter("--plan decides every layer; leave out --preset, --keep and --override")
+    return _read_plan(plan)
 
-    text = path.read_text(encoding="utf-8")
+
+def _check_shard_size(size: str) -> None:
     try:
-        data = json.loads(text)
+        check_shard_size(size)
     except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _read_plan(path: Path) -> Plan:
+    """A plan's JSON, or the whole output of inspect --json with the one plan in it."""
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if isinstance(data, dict) and "components" in data:  # the whole output of inspect --json
-        plans = [component["plan"] for component in data["components"].values()]
-        if len(plans) != 1:
-            raise ValueError(f"{path}: has {len(plans)} plans; quantize each transformer folder with its own")
-        data = plans[0]
-    return Plan.from_dict(data)
+    if isinstance(data, dict) and "components" in data:
+        components = data["components"]
+        values: list[Any] = list(components.values()) if isinstance(components, dict) else [None]
+        if not all(isinstance(value, dict) and "plan" in value for value in values):
+            raise ValueError(f"{path}: its components hold no plans; write it with `convrot inspect --json`")
+        if len(values) != 1:
+            raise ValueError(f"{path}: has {len(values)} plans; quantize each transformer folder with its own")
+        data = values[0]["plan"]
+    try:
+        return Plan.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

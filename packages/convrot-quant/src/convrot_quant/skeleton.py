@@ -1,0 +1,60 @@
+"""empty_model: a diffusers model from its config.json with shapes and no values; a config that cannot be is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convrot_quant.manifest import CheckpointError, diffusers_class
+
+MOST_PARAMETERS = 100_000  # tensors of one model: FLUX.1 has 1400, the largest diffusion transformers below 10,000
+
+
+def empty_model(folder: Path, config: Mapping[str, Any], *, most_parameters: int = MOST_PARAMETERS) -> nn.Module:
+    """A model's modules on the meta device (computed buffers have values), from the config.json of `folder`.
+
+    A config whose values the model class refuses, or that asks for more than `most_parameters` tensors, is an error.
+    """
+    from accelerate import init_empty_weights
+
+    model_class = diffusers_class(folder, dict(config))
+    try:
+        with init_empty_weights(), _counted(most_parameters):
+            model: nn.Module = model_class.from_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}; copy the folder again") from None
+    except Exception as error:  # whatever a constructor does with values that nobody foresaw: the config is at fault
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {config['_class_name']} cannot be built from it: {_reason(error)}; "
+            "copy the folder again"
+        ) from error
+    return model
+
+
+@contextmanager
+def _counted(most: int) -> Iterator[None]:
+    """Stop a model that grows beyond `most` parameters, long before it fills the memory."""
+    register, count = nn.Module.register_parameter, 0
+
+    def counting(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal count
+        count += param is not None
+        if count > most:
+            raise CheckpointError(f"it describes a model of more than {most} tensors")
+        register(module, name, param)
+
+    nn.Module.register_parameter = counting  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _reason(error: BaseException) -> str:
+    """An error's first line, short, with its kind where the text alone says little."""
+    text = (str(error).strip() or "no reason given").splitlines()[0][:200]
+    return text if isinstance(error, ValueError) else f"{text} ({type(error).__name__})"

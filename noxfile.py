@@ -51,6 +51,13 @@ def tests(session: nox.Session) -> None:
     """All CPU tests but the slow ones, on two processes. `nox -s tests -- tests/kernels -k rotate` runs some."""
     install(session, "test")
     session.run("pytest", "-n", "2", "-m", "not slow and not gpu and not browser", *session.posargs)
+    if not session.posargs:
+        interpreter(session)
+
+
+def interpreter(session: nox.Session) -> None:
+    """The Triton kernels on CPU tensors, in Triton's interpreter, which a process has from its start or not at all."""
+    session.run("pytest", "-n", "2", "-m", "not gpu", "tests/kernels", env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session

@@ -13,19 +13,23 @@ from typing import Any
 
 import torch
 
-BACKENDS: dict[str, str] = {"reference": "convrot_kernels.reference"}  # name -> module, imported when first asked
+# name -> module, imported when first asked
+BACKENDS: dict[str, str] = {
+    "triton": "convrot_kernels.backends.triton",
+    "reference": "convrot_kernels.reference",
+}
 
 # op -> backends in the order in which `auto` tries them
 ORDER: dict[str, tuple[str, ...]] = {
-    "rotate": ("reference",),
-    "rotate_quantize": ("reference",),
-    "rotate_quantize_gelu": ("reference",),
-    "rotate_quantize_modulate": ("reference",),
-    "rotate_quantize_silu_mul": ("reference",),
-    "rotate_quantize_cat_gelu": ("reference",),
-    "scaled_mm": ("reference",),
-    "scaled_mm_out": ("reference",),
-    "scaled_mm_gate_residual": ("reference",),
+    "rotate": ("triton", "reference"),
+    "rotate_quantize": ("triton", "reference"),
+    "rotate_quantize_gelu": ("triton", "reference"),
+    "rotate_quantize_modulate": ("triton", "reference"),
+    "rotate_quantize_silu_mul": ("triton", "reference"),
+    "rotate_quantize_cat_gelu": ("triton", "reference"),
+    "scaled_mm": ("triton", "reference"),
+    "scaled_mm_out": ("triton", "reference"),
+    "scaled_mm_gate_residual": ("triton", "reference"),
     "pack_int4": ("reference",),
     "unpack_int4": ("reference",),
 }

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SPAN = 128  # columns that halves128 keeps together: one step of a matrix product
+
 
 class Layout(NamedTuple):
     """Both ways between row-major codes, int8 (N, K) or packed uint8 (N, K/2), and the resident order."""
@@ -19,6 +21,23 @@ class Layout(NamedTuple):
 
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight
+
+
+def _into_halves(weight: Tensor) -> Tensor:
+    """Packed, K a multiple of 128: byte j of 64 holds the columns j (low nibble) and 64 + j. Else as it is."""
+    if weight.dtype != torch.uint8 or 2 * weight.shape[1] % SPAN:
+        return weight
+    spans = weight.reshape(weight.shape[0], -1, SPAN // 2)
+    first, second = torch.stack((spans & 15, spans >> 4), dim=-1).flatten(-2).chunk(2, dim=-1)
+    return (first | second << 4).view(weight.shape)
+
+
+def _from_halves(weight: Tensor) -> Tensor:
+    if weight.dtype != torch.uint8 or 2 * weight.shape[1] % SPAN:
+        return weight
+    spans = weight.reshape(weight.shape[0], -1, SPAN // 2)
+    codes = torch.cat((spans & 15, spans >> 4), dim=-1).unflatten(-1, (-1, 2))
+    return (codes[..., 0] | codes[..., 1] << 4).view(weight.shape)
 
 
 def _in_blocks(weight: Tensor) -> bool:
@@ -49,5 +68,6 @@ def _from_blocks(weight: Tensor) -> Tensor:
 
 LAYOUTS: dict[str, Layout] = {
     "row_major": Layout(_as_it_is, _as_it_is),
+    "halves128": Layout(_into_halves, _from_halves),
     "blocks16x32": Layout(_into_blocks, _from_blocks),
 }

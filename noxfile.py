@@ -6,11 +6,15 @@ nox -s tests_full    everything, slow tests included; leaves its result in docs/
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import nox
+
+# OpenMP threads that spin while they wait make torch tens of times slower wherever a core is shared with anything else
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -25,10 +29,10 @@ def install(session: nox.Session, *groups: str) -> None:
     """The four packages, editable, in one pip command (none of them is on an index), plus dependency groups."""
     constraints = ("-c", "constraints.txt")
     # torch by itself and first: pip then takes the build that a find-links folder or an extra index offers
-    session.install("torch==2.13.0", *constraints)
+    session.install("torch==2.13.0", *constraints, silent=False)
     editable = [part for package in PACKAGES for part in ("-e", package)]
     session.install("--upgrade", "pip>=25.1")  # dependency groups
-    session.install(*editable, *[part for group in groups for part in ("--group", group)], *constraints)
+    session.install(*editable, *[part for group in groups for part in ("--group", group)], *constraints, silent=False)
 
 
 @nox.session

@@ -6,11 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from convrot_kernels import dispatch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on CPU tensors, slowly
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+# the same few examples every time; HYPOTHESIS_PROFILE=long (nox -s tests_full) looks for new ones
+settings.register_profile("default", derandomize=True, max_examples=30, deadline=None, database=None)
+settings.register_profile("long", max_examples=500, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -149,6 +149,25 @@ def test_quality_table_says_how_many_layers_a_row_fits(tmp_path):
     assert "| 14.00 |" in table
 
 
+def test_the_quality_table_takes_the_runs_over_the_most_captions(tmp_path):
+    rows = quality_rows(tmp_path)
+    few = [r | {"shape": r["shape"] | {"prompts": 4}, "ours": 99.0} for r in rows]
+    assert report.quality_table([*few, *rows]) == report.quality_table(rows)
+
+
+def test_the_layers_table_has_a_line_a_layer(tmp_path):
+    writer = Writer(tmp_path / "q.jsonl", "quality", FACTS)
+    shape = {"model": "weights", "steps": 20, "prompts": 4}
+    for name, errors in (("rtn", {"a": 0.25, "b": 0.5}), ("paper_w4a4", {"a": 0.125})):
+        more = {"title": name, "layer_l2": errors}
+        writer.write(f"{name}/layer_l2_median", shape, 0.1, 0.1, "relative_l2", "paper_w4a4", **more)
+    table = report.layers_table(load([tmp_path / "q.jsonl"]))
+    assert "| layer | rtn | paper_w4a4 |" in table
+    assert "| `a` | 0.250 | 0.125 |" in table
+    assert "| `b` | 0.500 | 16-bit |" in table
+    assert "No run" in report.layers_table([])
+
+
 def test_report_fills_only_between_its_marks(tmp_path):
     page = "before\n<!-- results:quality -->\nold\n<!-- /results -->\nafter\n"
     rows = quality_rows(tmp_path)
@@ -157,7 +176,7 @@ def test_report_fills_only_between_its_marks(tmp_path):
     assert filled.endswith("<!-- /results -->\nafter\n")
     assert "old" not in filled
     assert report.fill(filled, rows) == filled
-    with pytest.raises(ValueError, match="unknown table 'speed'; use one of quality, ops"):
+    with pytest.raises(ValueError, match="unknown table 'speed'; use one of quality, layers, ops"):
         report.fill("<!-- results:speed -->\n<!-- /results -->", [])
 
 

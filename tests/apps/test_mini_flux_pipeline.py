@@ -1,32 +1,28 @@
 """The shipped pipeline: what it is, that it draws its captions, and that it still does in 4 bits."""
 
 import json
+import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from convrot_quant import QuantConfig, load_quantized, quantize_, save_quantized
+from convrot_quant import load_quantized, quantize_, save_quantized
 from mini_flux.evaluate import draw_captions, judge_figures, read_images
 from mini_flux.judge import Verdict, judge_images, labels, load_judge
+from mini_flux.parts import load_pipeline
 from mini_flux.render import place, render
 from mini_flux.scenes import caption, held_out_scenes
 
 HOME = Path(__file__).parents[2] / "apps" / "mini-flux"
 WEIGHTS, JUDGE = HOME / "weights", HOME / "judge.safetensors"
-COUNT, STEPS = 24, 12
-
-
-def load_pipeline():
-    from diffusers import FluxPipeline
-
-    return FluxPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.bfloat16)
+COUNT, STEPS = 12, 8
 
 
 @cache
 def drawn(preset: str | None) -> torch.Tensor:
-    pipe = load_pipeline()
+    pipe = load_pipeline(WEIGHTS)
     if preset is not None:
         quantize_(pipe.transformer, preset, progress=False)
     return draw_captions(pipe, [caption(s) for s in held_out_scenes(COUNT)], steps=STEPS, batch=12)
@@ -56,7 +52,7 @@ def test_weights_are_small_enough_to_ship():
 
 
 def test_tokenizers_know_every_caption_word():
-    pipe = load_pipeline()
+    pipe = load_pipeline(WEIGHTS)
     for scene in held_out_scenes(200):
         text = caption(scene)
         assert pipe.tokenizer_2.unk_token_id not in pipe.tokenizer_2(text).input_ids
@@ -81,42 +77,57 @@ def test_the_judge_was_97_percent_right_on_held_out_renderings():
 
 
 def test_bf16_pictures_show_their_captions():
-    """Far above chance on two dozen captions; the committed figures over 500 are in docs/quality.md."""
+    """On a dozen captions; the committed figures over 500 are in docs/quality.md."""
     right = verdict(None)
-    assert right.object >= 0.6
-    assert right.color >= 0.6
-    assert right.relation >= 0.6
-    assert right.all >= 0.4
+    assert right.object >= 0.8
+    assert right.color >= 0.8
+    assert right.relation >= 0.8
+    assert right.all >= 0.75
 
 
-@pytest.mark.parametrize("preset", ["ours", "w4a8"])
-def test_4_bit_pictures_stay_recognizable(preset):
-    right, reference = verdict(preset), drawn(None)
-    assert right.color >= 0.5
-    assert right.object >= 0.4
-    assert right.relation >= 0.5
-    error = (drawn(preset) - reference).pow(2).mean((1, 2, 3))
-    assert (-10 * error.log10()).median() >= 14  # dB; unrelated scenes are at about 12
+def test_4_bit_pictures_stay_recognizable():
+    right = verdict("ours")
+    assert right.object >= 0.8
+    assert right.color >= 0.8
+    assert right.relation >= 0.8
+    error = (drawn("ours") - drawn(None)).pow(2).mean((1, 2, 3))
+    assert (-10 * error.log10()).median() >= 25  # dB; unrelated scenes are at about 12
 
 
 def test_more_bits_are_closer_to_bf16():
     def psnr(preset: str) -> float:
         return float((-10 * (drawn(preset) - drawn(None)).pow(2).mean((1, 2, 3)).log10()).mean())
 
-    assert psnr("w8a8") > psnr("w4a8") > psnr("ours")
+    assert psnr("w8a8") > psnr("ours") + 10
+
+
+@pytest.mark.slow  # reads the clock
+@pytest.mark.parametrize("preset", [None, "ours"])
+def test_a_20_step_picture_takes_at_most_ten_seconds(preset):
+    pipe = load_pipeline(WEIGHTS)
+    if preset is not None:
+        quantize_(pipe.transformer, preset, progress=False)
+    text = [caption(held_out_scenes(1)[0])]
+    draw_captions(pipe, text, steps=1)  # first-call costs are not a picture's
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        draw_captions(pipe, text, steps=20)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 10
 
 
 def test_a_picture_does_not_depend_on_its_batch():
     """Same noise for the same seed; bf16 products differ a little with the batch's size, pictures hardly."""
-    pipe = load_pipeline()
+    pipe = load_pipeline(WEIGHTS)
     text = [caption(held_out_scenes(COUNT)[5])]
     alone = draw_captions(pipe, text, steps=STEPS, seed=105)
     assert (alone[0] - drawn(None)[5]).abs().mean() < 0.02
 
 
 def test_saved_and_reloaded_4_bit_transformer_draws_the_same(tmp_path):
-    pipe = load_pipeline()
-    quantize_(pipe.transformer, QuantConfig.preset("ours"), progress=False)
+    pipe = load_pipeline(WEIGHTS)
+    quantize_(pipe.transformer, progress=False)
     text = [caption(s) for s in held_out_scenes(2)]
     before = draw_captions(pipe, text, steps=3)
     save_quantized(pipe.transformer, tmp_path / "4bit")

@@ -155,3 +155,24 @@ def test_heads_and_labels_agree():
     table = labels(scenes)
     assert table.shape == (30, len(HEADS))
     assert all(0 <= int(v) < n for row in table for v, n in zip(row, HEADS.values(), strict=True))
+
+
+def test_a_recipe_keeps_its_shares_in_another_time():
+    from mini_flux.train import Recipe
+
+    short = Recipe().lasting(1.0)
+    assert short.vae_seconds + short.judge_seconds + short.flow_seconds + short.distill_seconds == pytest.approx(60)
+    assert short.flow_seconds / short.vae_seconds == pytest.approx(Recipe().flow_seconds / Recipe().vae_seconds)
+    assert short.scenes == Recipe().scenes
+
+
+def test_the_command_line_draws_scenes(tmp_path):
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from mini_flux.cli import app
+
+    result = CliRunner().invoke(app, ["scenes", str(tmp_path / "scenes.png"), "--count", "2"])
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "scenes.png").size == (8 * 128, 128)
+    assert CliRunner().invoke(app, ["scenes", "x.png", "--count", "0"]).exit_code == 2

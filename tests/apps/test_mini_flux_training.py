@@ -35,6 +35,6 @@ def test_a_stopped_training_goes_on_and_ends_in_a_pipeline(tmp_path, monkeypatch
     log = (tmp_path / "train.log").read_text()
     assert "autoencoder, judge and latents of an earlier run" in log
     assert "flow: going on from step" in log
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     image = pipe("a small red cube", height=128, width=128, num_inference_steps=1, max_sequence_length=32).images[0]
     assert image.size == (128, 128)

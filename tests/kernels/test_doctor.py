@@ -19,7 +19,7 @@ def test_the_command_reports_json_and_succeeds() -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["packages"]["torch"] == torch.__version__
-    assert report["packages"]["convrot-kernels"]
+    assert "convrot-kernels" in report["packages"]
     assert report["devices"]["cpu"]["backends"]["reference"] is None
     assert report["devices"]["cpu"]["auto"] == dict.fromkeys(dispatch.ORDER, "reference")
     assert len(report["devices"]) == 1 + len(report["gpus"])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convrot_kernels import pack_int4, unpack_int4
@@ -35,7 +35,6 @@ def test_non_contiguous_and_oddly_placed_inputs(backend: str, device: str) -> No
         assert_equal(pack_int4(view), pack_int4(view.contiguous()))
 
 
-@settings(derandomize=True, deadline=None, max_examples=50, database=None)
 @given(st.lists(st.integers(-8, 7), min_size=2, max_size=40).filter(lambda codes: len(codes) % 2 == 0))
 def test_pack_then_unpack_is_the_identity(codes: list[int]) -> None:
     assert unpack_int4(pack_int4(torch.tensor(codes, dtype=torch.int8))).tolist() == codes

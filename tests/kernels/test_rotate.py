@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -135,7 +135,6 @@ def test_input_is_not_changed(backend: str, device: str) -> None:
     assert_equal(x, before)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25, database=None)
 @given(
     rows=st.integers(0, 9),
     groups=st.integers(1, 5),

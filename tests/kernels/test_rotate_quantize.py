@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -182,7 +182,6 @@ def test_fp16_and_bf16_are_rotated_in_fp32(backend: str, device: str) -> None:
     assert (rounded_between != exact[0]).sum() > 20
 
 
-@settings(derandomize=True, deadline=None, max_examples=25, database=None)
 @given(
     rows=st.integers(1, 6),
     group_size=st.sampled_from([16, 64, 256, 1024]),

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -162,7 +162,6 @@ def test_no_global_precision_setting_changes_the_sums(
     assert_equal(actual.cpu(), plain_product(a, b, a_scale, b_scale))
 
 
-@settings(derandomize=True, deadline=None, max_examples=30, database=None)
 @given(
     m=st.integers(0, 5),
     n=st.integers(1, 9),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,29 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     _write_pipeline(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def saved(make_flux: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file and a sharded folder of the same quantized model; copy to change."""
+    from convrot_quant import quantize_, save_quantized
+
+    model = make_flux()
+    quantize_(model, "paper-mixed", progress=False)
+    root = tmp_path_factory.mktemp("saved")
+    save_quantized(model, root / "one")
+    save_quantized(model, root / "shards", max_shard_size="3MB")
+    return root
+
+
+@pytest.fixture
+def one(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "one", tmp_path / "one"))
+
+
+@pytest.fixture
+def shards(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "shards", tmp_path / "shards"))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_the_entry_point_quantizes_and_generates(pipeline_folder: Path, tmp_path
     drawn = entry_point("generate", out, "--prompt", "a red cube", "--steps", 2, "-o", picture)
     assert drawn.returncode == 0, drawn.stderr
     assert Image.open(picture).size == (32, 32)
-    assert [path.name for path in tmp_path.iterdir()] == ["out", "picture.png"] or len(list(tmp_path.iterdir())) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "picture.png"]
 
 
 def test_the_entry_point_fails_with_one_sentence_and_no_traceback(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_inspect_plans_a_16_bit_folder_without_its_weights(pipeline_folder: Path
     assert data["quantized"] is False
     assert schemes["transformer_blocks.0.attn.to_out.0"]["weight_bits"] == 8
     assert schemes["transformer_blocks.0.attn.add_q_proj"] is None
-    assert found["bytes_before"] > 2 * found["bytes_after"]
+    assert found["bytes_before"] > 1.9 * found["bytes_after"]
     text = convrot("inspect", folder).stdout
     assert "single_transformer_blocks.{0-1}.proj_out" in text
     assert "(3.11x smaller)" in text
@@ -166,9 +166,7 @@ def test_generate_with_a_sheet(pipeline_folder: Path, prompts: tuple[str, ...], 
         assert word in text
 
 
-def test_generate_draws_the_same_from_a_quantized_folder(
-    pipeline_folder: Path, quantized: Path, tmp_path: Path
-) -> None:
+def test_generate_draws_the_same_from_a_stored_folder(pipeline_folder: Path, quantized: Path, tmp_path: Path) -> None:
     common = ("--prompt", "a red cube", "--steps", 2, "--seed", 3, "-q")
     for name, arguments in {
         "memory": (pipeline_folder,),
@@ -230,7 +228,7 @@ def usage(pipeline: Path, quantized: Path) -> dict[str, tuple[tuple[object, ...]
             "weight_bits must be one of 4, 8",
         ),
         "device": ((*draw, "--device", "tpu9"), "'tpu9' is not a device; use cpu, cuda or cuda:1"),
-        "steps": ((*draw, "--steps", 0), "0 is not in the range x>=1"),
+        "steps": ((*draw, "--steps", 0), "Invalid value for '--steps'"),
         "one file for two images": (
             (*draw, "--num-images", 2, "-o", "x.png"),
             "2 images are to be made: give a folder",

@@ -40,7 +40,7 @@ def stored_weight(layer: ConvLinear4bit) -> Tensor:
 
 
 @pytest.mark.parametrize("group_size", [16, 64, 256])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, "W8A4"])
 def test_forward_is_the_dequantized_product(name: str, group_size: int) -> None:
     """Against fp64: quantize the rotated activation by the stated rule, multiply by the stored weight, add the bias."""
     scheme = Scheme(Scheme.parse(name).weight_bits, Scheme.parse(name).activation_bits, group_size)

@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from convrot_quant import CheckpointError, ConvLinear4bit, QuantConfig, plan, quantize_
 from convrot_quant.generation import Settings, call_arguments, generate, image_size, text_length
+from convrot_quant.manifest import read_manifest
 from convrot_quant.pipeline import load_pipeline, load_transformer, meta_transformer, open_folder, quantize_folder
 
 FAST = Settings(steps=2)
@@ -31,7 +34,7 @@ def test_quantized_pipeline_has_every_other_component_unchanged(pipeline_folder:
     found = {str(path.relative_to(quantized_folder)) for path in quantized_folder.rglob("*") if path.is_file()}
     assert found == names
     for name in names:
-        if not name.startswith("transformer/"):
+        if not name.startswith("transformer/"):  # the rest of the pipeline, model_index.json included
             assert (quantized_folder / name).read_bytes() == (pipeline_folder / name).read_bytes()
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert (quantized_folder / weights).stat().st_size < (pipeline_folder / weights).stat().st_size / 3
@@ -117,6 +120,31 @@ def test_open_folder_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(CheckpointError, match="a pipeline without a transformer folder"):
         open_folder(tmp_path)
+
+
+def test_a_hub_id_fetches_what_is_needed_and_no_more(
+    pipeline_folder: Path, quantized_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = {"some/model": pipeline_folder, "some/model-4bit": quantized_folder}
+
+    def snapshot_download(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = [str(path.relative_to(hub[repo])) for path in hub[repo].rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            target = tmp_path / repo / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(hub[repo] / name, target)
+        return str(tmp_path / repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    looked = open_folder("some/model", weights=False)
+    assert not looked.is_quantized
+    assert not list(looked.root.rglob("*.safetensors"))
+    looked = open_folder("some/model-4bit", weights=False)
+    assert looked.is_quantized
+    assert [path.parent.name for path in looked.root.rglob("*.safetensors")] == ["transformer"]
+    assert read_manifest(looked.transformers["transformer"]).plan
+    whole = open_folder("some/model-4bit")
+    assert generate(load_pipeline(whole), ["a red cube"], FAST, progress=False)
 
 
 def test_defaults_come_from_the_pipeline(pipeline_folder: Path) -> None:

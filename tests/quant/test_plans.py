@@ -89,7 +89,12 @@ def plan_bytes(decided: Plan) -> int:
     ("change", "message"),
     [
         ({"format_version": 2}, "format_version must be 1; got 2; upgrade convrot-quant"),
-        ({"layers": [{}]}, "a layer entry lacks or misuses 'shape'"),
+        ({"layers": [{}]}, "the key 'name' is missing"),
+        (
+            {"layers": [{"name": [], "shape": [1, 1], "dtype": "int8", "bias_bytes": 0, "note": ""}]},
+            "a layer has a name",
+        ),
+        ({"other_bytes": -1}, "other_bytes a number of bytes"),
         ({"config": {"x": 1}}, "unknown key 'x'"),
     ],
 )

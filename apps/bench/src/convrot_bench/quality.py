@@ -1,7 +1,7 @@
 """Image quality of a pipeline under each method: same captions, same noise, the 16-bit pictures as the reference."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ from convrot_quant.patch import model_bytes
 from convrot_quant.probe import LayerProbe
 from mini_flux.evaluate import chance, draw_captions, read_images
 from mini_flux.judge import Judge, Verdict, judge_images, load_judge
+from mini_flux.parts import load_pipeline
 from mini_flux.scenes import Scene, caption, held_out_scenes
 
 # case suffix -> unit; what a row of the table is made of
@@ -34,6 +35,7 @@ class Measured:
 
     figures: dict[str, float]
     more: dict[str, Any]
+    layer_l2: dict[str, float] = field(default_factory=dict)
 
 
 class Suite:
@@ -44,12 +46,7 @@ class Suite:
         self.scenes: list[Scene] = held_out_scenes(captions)
         self.texts = [caption(s) for s in self.scenes]
         self.judge: Judge = load_judge(judge_file).to(device)
-        self.pipe = self._load()
-
-    def _load(self) -> Any:
-        from diffusers import FluxPipeline
-
-        return FluxPipeline.from_pretrained(self.folder, torch_dtype=torch.bfloat16).to(self.device)
+        self.pipe: Any = load_pipeline(folder, device)
 
     def draw(self) -> Tensor:
         return draw_captions(self.pipe, self.texts, steps=self.steps, batch=self.batch)
@@ -66,7 +63,7 @@ class Suite:
 
     def measure(self, method: Method, reference: Tensor, probe: LayerProbe) -> Measured:
         """A fresh 16-bit transformer, quantized by the method, drawn and judged."""
-        self.pipe = self._load()
+        self.pipe = load_pipeline(self.folder, self.device)
         model = self.pipe.transformer
         linears = sum(isinstance(m, nn.Linear) for m in model.modules())
         built = method.build(model)
@@ -86,7 +83,7 @@ class Suite:
             "layers_planned": built.planned, "linears": linears, "worst_layer": ranked[-1],
             "worst_layer_l2": errors[ranked[-1]],
         }  # fmt: skip
-        return Measured(figures, more)
+        return Measured(figures, more, errors)
 
 
 def verdict_figures(verdict: Verdict) -> dict[str, float]:

@@ -19,15 +19,36 @@ def _figure(rows: Rows, method: str, case: str) -> float | None:
 
 
 def quality_table(rows: Rows) -> str:
-    """One line a method: errors, image figures, caption accuracy, bytes; the shape and the machine above."""
+    """One line a method, of the runs over the most captions; the shape and the machine above."""
     rows = [r for r in rows if r["bench"] == "quality"]
     if not rows:
         return "No quality runs are committed yet."
+    most = max(r["shape"]["prompts"] for r in rows)
+    rows = [r for r in rows if r["shape"]["prompts"] == most]
     parts = []
     for shape in dict.fromkeys(str(r["shape"]) for r in rows):
-        some = [r for r in rows if str(r["shape"]) == shape]
-        parts.append(_quality_of(some))
+        parts.append(_quality_of([r for r in rows if str(r["shape"]) == shape]))
     return "\n\n".join(parts)
+
+
+def layers_table(rows: Rows) -> str:
+    """One line a layer, one column a method: relative L2 errors of the newest run that has them."""
+    rows = [r for r in rows if r.get("layer_l2")]
+    if not rows:
+        return "No run with errors of every layer is committed yet."
+    run = max(rows, key=lambda r: r["date"])["run_id"]
+    rows = [r for r in rows if r["run_id"] == run]
+    last = rows[-1]
+    head = (
+        f"Run {run}: {last['shape']['prompts']} captions, {last['shape']['steps']} steps, {last['gpu']}, "
+        f"torch {last['torch']}, commit {last['commit']}."
+    )
+    names = list(dict.fromkeys(name for r in rows for name in r["layer_l2"]))
+    lines = ["| layer | " + " | ".join(r["title"] for r in rows) + " |", "| --- |" + " --- |" * len(rows)]
+    for name in names:
+        cells = [f"{r['layer_l2'][name]:.3f}" if name in r["layer_l2"] else "16-bit" for r in rows]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([head, "", *lines])
 
 
 def _quality_of(rows: Rows) -> str:
@@ -89,7 +110,7 @@ def ops_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Rows], str]] = {"quality": quality_table, "ops": ops_table}
+TABLES: dict[str, Callable[[Rows], str]] = {"quality": quality_table, "layers": layers_table, "ops": ops_table}
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 

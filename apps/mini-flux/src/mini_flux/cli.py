@@ -19,24 +19,26 @@ def _device(name: str) -> str:
 def train(
     work: Annotated[Path, typer.Argument(help="folder for checkpoints and results; a second run goes on from it")],
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    minutes: Annotated[float, typer.Option(help="rough length of the timed stages together (the recipe's: 16)")] = 16,
+    minutes: Annotated[float | None, typer.Option(help="length of the timed stages together; default: 15.3")] = None,
     scenes: Annotated[int, typer.Option(help="rendered scenes")] = 300_000,
     batch: Annotated[int, typer.Option(help="pictures a training step")] = 512,
-    compile_blocks: Annotated[bool, typer.Option(help="torch.compile the transformer's blocks")] = False,
+    compile_blocks: Annotated[
+        bool | None, typer.Option(help="torch.compile the transformer's blocks; default: on a GPU")
+    ] = None,
 ) -> None:
     """Render, train autoencoder, judge and transformer, distil guidance, save.
 
-    Example:  mini-flux train work --minutes 16
+    Example:  mini-flux train work
     """
     from dataclasses import replace
 
     from mini_flux.train import Recipe
     from mini_flux.train import train as run
 
-    base = Recipe()
-    share = minutes * 60 / (base.vae_seconds + base.judge_seconds + base.flow_seconds + base.distill_seconds)
-    timed = {k: getattr(base, k) * share for k in ("vae_seconds", "judge_seconds", "flow_seconds", "distill_seconds")}
-    run(work, replace(base, scenes=scenes, batch=batch, compile_blocks=compile_blocks, **timed), _device(device))
+    where = _device(device)
+    compiled = where == "cuda" if compile_blocks is None else compile_blocks
+    recipe = replace(Recipe(), scenes=scenes, batch=batch, compile_blocks=compiled)
+    run(work, recipe if minutes is None else recipe.lasting(minutes), where)
 
 
 @app.command()

@@ -1,8 +1,13 @@
 """How often the pipeline draws what the caption says, by the judge's reading, with the level of chance beside it."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mini_flux.judge import Judge, Verdict, judge_images, load_judge, read
-from mini_flux.parts import IMAGE_SIZE, T5_LENGTH
+from mini_flux.parts import IMAGE_SIZE, T5_LENGTH, load_pipeline
 from mini_flux.scenes import Scene, caption, held_out_scenes
 
 SEED = 100  # the first image's; tuning elsewhere keeps to seeds below
@@ -40,7 +45,7 @@ def draw_captions(
 def chance(seen: Tensor, scenes: Sequence[Scene]) -> Verdict:
     """The same pictures against captions of other pictures: the mean over shifts of the list."""
     shifted = [judge_images(seen, [*scenes[k:], *scenes[:k]]) for k in CHANCE_SHIFTS if k < len(scenes)]
-    mean = {f: sum(getattr(v, f) for v in shifted) / len(shifted) for f in Verdict.__dataclass_fields__}
+    mean = {f: round(sum(getattr(v, f) for v in shifted) / len(shifted), 4) for f in Verdict.__dataclass_fields__}
     return Verdict(**mean | {"images": len(scenes)})
 
 
@@ -53,9 +58,7 @@ def evaluate(
     folder: Path, judge_file: Path, *, captions: int, steps: int, device: str, sheet: Path | None = None
 ) -> dict[str, Any]:
     """BF16 figures of a pipeline folder over held-out captions; `sheet`: a PNG of the first 48 pictures."""
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to(device)
+    pipe = load_pipeline(folder, device)
     scenes = held_out_scenes(captions)
     images = draw_captions(pipe, [caption(s) for s in scenes], steps=steps)
     seen = read_images(load_judge(judge_file), images)
@@ -64,8 +67,23 @@ def evaluate(
     return {
         "pipeline": folder.name, "dtype": "bfloat16", "steps": steps, "captions": captions, "seed": SEED,
         "accuracy": asdict(judge_images(seen, scenes)), "chance": asdict(chance(seen, scenes)),
-        "judge_on_held_out_renderings": judge_figures(judge_file),
+        "judge_on_held_out_renderings": judge_figures(judge_file), "made_with": facts(device),
     }  # fmt: skip
+
+
+def facts(device: str) -> dict[str, str]:
+    """The machine, the versions, the commit and the command behind a figure."""
+    import diffusers
+
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def judge_figures(judge_file: Path) -> dict[str, float]:
@@ -77,26 +95,21 @@ def judge_figures(judge_file: Path) -> dict[str, float]:
     return figures
 
 
-def save_sheet(images: Tensor, scenes: Sequence[Scene], path: Path, columns: int = 6) -> None:
+def save_sheet(images: Tensor, scenes: Sequence[Scene], path: Path, columns: int = 8) -> None:
     """Pictures with their captions under them, as one PNG."""
     from PIL import Image, ImageDraw, ImageFont
 
-    size, line, margin = IMAGE_SIZE, 11, 8
-    font = ImageFont.load_default(size=10)
-    cell_w, cell_h = size + margin * 2 + 8, size + margin + 4 * line + 6
+    size, gap, line, lines = 160, 14, 15, 4
+    font = ImageFont.load_default(size=12)
+    width, height = size + gap, size + gap + lines * line
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (cell_w * columns + margin, cell_h * rows + margin), "white")
+    sheet = Image.new("RGB", (width * columns + gap, height * rows + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (picture, scene) in enumerate(zip(images, scenes, strict=True)):
-        x, y = margin + i % columns * cell_w, margin + i // columns * cell_h
+        x, y = gap + i % columns * width, gap + i // columns * height
         pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((size + 16, size + 16), Image.Resampling.LANCZOS), (x, y))
-        draw.multiline_text((x, y + size + 18), _wrap(caption(scene), 27), fill="black", font=font, spacing=1)
+        sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS), (x, y))
+        for n, words in enumerate(textwrap.wrap(caption(scene), 27)[:lines]):
+            draw.text((x, y + size + 3 + n * line), words, fill="#222222", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
-
-
-def _wrap(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))

@@ -155,3 +155,11 @@ def save_pipeline(
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return sum(p.numel() for m in (clip, t5, vae, transformer) for p in m.parameters())
+
+
+def load_pipeline(folder: Path, device: str = "cpu") -> FluxPipeline:
+    """A pipeline folder in bf16."""
+    from diffusers.utils import deprecation_utils
+
+    keyword = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"  # renamed in diffusers 0.42
+    return FluxPipeline.from_pretrained(folder, **{keyword: torch.bfloat16}).to(device)

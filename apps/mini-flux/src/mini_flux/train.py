@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class Recipe:
     captions_each: int = 2
     vae_seconds: float = 150
     judge_seconds: float = 60
-    flow_seconds: float = 690
+    flow_seconds: float = 650
     distill_seconds: float = 60
     batch: int = 512
     learning_rate: float = 8e-4
@@ -48,6 +48,12 @@ class Recipe:
     checks: int = 4000  # held-out renderings that the judge is checked on
     previews: int = 256  # held-out captions drawn and judged while training
     seed: int = 0
+
+    def lasting(self, minutes: float) -> "Recipe":
+        """The same shares of another total of the timed stages."""
+        timed = ("vae_seconds", "judge_seconds", "flow_seconds", "distill_seconds")
+        share = minutes * 60 / sum(getattr(self, name) for name in timed)
+        return replace(self, **{name: getattr(self, name) * share for name in timed})
 
 
 def train(work: Path, recipe: Recipe, device: str) -> Path:

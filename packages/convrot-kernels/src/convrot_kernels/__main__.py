@@ -47,7 +47,8 @@ def examine() -> dict[str, Any]:
     packages = ("convrot-kernels", "torch", "triton")
     return {
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in packages},
+        # torch's own word has the build in it (+cu130, +cpu)
+        "packages": {package: _version(package) for package in packages} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "gpus": gpus,
         "devices": devices,

@@ -23,6 +23,8 @@ from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.manifest import (
     FORMAT_VERSION,
     INDEX,
+    MARK,
+    MARK_KEY,
     PLAN_KEY,
     VERSION_KEY,
     VERSIONS_KEY,
@@ -85,7 +87,7 @@ def write_quantized(model: nn.Module, folder: Path, *, max_shard_size: int | str
             raise ValueError(
                 f"save_quantized: {name!r} is on the meta device and has no values; load or onload it first"
             )
-    model.save_config(folder)  # type: ignore[operator]
+    _write_config(model, folder)
     metadata = _metadata(model)
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     tied, packed = _tied(state), _packed_names(model)
@@ -135,7 +137,7 @@ def build_quantized(manifest: Manifest) -> nn.Module:
     class_name = manifest.config["_class_name"]
     model_class = diffusers_class(manifest.folder, manifest.config)
     with _default_dtype(manifest), init_empty_weights():
-        model = model_class.from_config(manifest.config)
+        model: nn.Module = model_class.from_config(manifest.config)
     dtypes = {layer.name: getattr(torch, layer.dtype) for layer in manifest.plan.layers}
     for name, scheme in manifest.plan.items():
         try:
@@ -177,6 +179,14 @@ def _fitting_dtypes(name: str, tensor: Tensor, manifest: Manifest) -> tuple[str,
     if tensor.is_floating_point():
         return ("BF16", "F16", "F32", "F64")
     return tuple(key for key, dtype in _DTYPES.items() if dtype == tensor.dtype)
+
+
+def _write_config(model: nn.Module, folder: Path) -> None:
+    """diffusers' config.json plus a mark, so that diffusers' own loaders refuse the folder instead of misreading it."""
+    model.save_config(folder)  # type: ignore[operator]
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {MARK_KEY: MARK}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,7 @@ from convrot_quant.plans import Plan
 FORMAT_VERSION = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' own names, so that its tools find the files
 INDEX = f"{WEIGHTS}.index.json"
+MARK_KEY, MARK = "quantization_config", {"quant_method": "convrot", "format_version": FORMAT_VERSION}
 VERSION_KEY, PLAN_KEY, VERSIONS_KEY = "convrot_format_version", "convrot_plan", "convrot_versions"
 
 
@@ -47,7 +48,10 @@ class Manifest:
 
 
 def is_quantized(folder: str | Path) -> bool:
-    """Whether a model folder was written by save_quantized (of any format version); reads one header."""
+    """Whether a model folder was written by save_quantized (of any format version); reads config.json or one header."""
+    mark = read_config(Path(folder)).get(MARK_KEY)
+    if isinstance(mark, dict) and mark.get("quant_method") == MARK["quant_method"]:
+        return True
     for path in sorted(Path(folder).glob("*.safetensors")):
         return any(key.startswith("convrot_") for key in _read_header(path)[0])
     return False
@@ -56,7 +60,7 @@ def is_quantized(folder: str | Path) -> bool:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a quantized folder's headers, without its tensors."""
     folder = Path(folder)
-    config = read_config(folder)
+    config = {key: value for key, value in read_config(folder).items() if key != MARK_KEY}
     index = _read_index(folder)
     files = sorted({folder / name for name in index.values()}) if index else [folder / WEIGHTS]
     metadata: dict[str, str] = {}

@@ -23,7 +23,8 @@ from convrot_quant.plans import Plan
 TRANSFORMERS = ("transformer", "transformer_2")  # Wan 2.2 has two
 _ROOT_FILES = ("model_index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 _CONFIGS = ("model_index.json", "config.json", "*/config.json")
-_WEIGHTS = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
+_TRANSFORMERS = (*_CONFIGS, "transformer*/*.safetensors*", "diffusion_pytorch_model*.safetensors*")
+_EVERYTHING = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,17 @@ class ModelFolder:
 def open_folder(model: str | Path, *, weights: bool = True) -> ModelFolder:
     """A local folder or a hub id such as black-forest-labs/FLUX.1-dev -> its folder, downloaded if need be.
 
-    `weights=False` fetches configs only.
+    `weights=False` is for looking inside: it fetches configs, and of a quantized model its transformer's files.
     """
     root = Path(model)
-    if not root.is_dir():
-        root = _download(str(model), _WEIGHTS if weights else _CONFIGS)
+    if root.is_dir():
+        return _folder(root)
+    folder = _folder(_download(str(model), _EVERYTHING if weights else _CONFIGS))
+    return _folder(_download(str(model), _TRANSFORMERS)) if not weights and folder.is_quantized else folder
+
+
+def _folder(root: Path) -> ModelFolder:
+    """What kind of model folder this is."""
     if (root / "model_index.json").is_file():
         found = {name: root / name for name in TRANSFORMERS if (root / name / "config.json").is_file()}
         if not found:

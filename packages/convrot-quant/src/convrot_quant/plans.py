@@ -69,16 +69,31 @@ class LayerPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerPlan:
-        """The inverse of to_dict; `bytes` is computed again."""
-        try:
-            out_features, in_features = data["shape"]
-            scheme = None if data["scheme"] is None else Scheme.from_dict(data["scheme"])
-            if not isinstance(getattr(torch, data["dtype"], None), torch.dtype):
-                raise ValueError(f"Plan: {data['dtype']!r} is not a dtype of torch")
-            values = (data["dtype"], data["bias_bytes"], scheme, data["note"])
-            return cls(data["name"], out_features, in_features, *values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"Plan: a layer entry lacks or misuses {error}; got {data!r}") from None
+        """The inverse of to_dict; `bytes` is computed again. Every value is checked: plans come from files."""
+        name, shape, dtype, bias_bytes, note = (
+            _entry(data, key) for key in ("name", "shape", "dtype", "bias_bytes", "note")
+        )
+        fits = isinstance(name, str) and isinstance(note, str) and isinstance(dtype, str)
+        fits = fits and isinstance(getattr(torch, dtype, None), torch.dtype) and _is_count(bias_bytes)
+        fits = fits and isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape))
+        if not fits:
+            raise ValueError(
+                f"Plan: a layer has a name, a shape [N, K], a dtype of torch, bias_bytes and a note; got {dict(data)!r}"
+            )
+        (out_features, in_features), scheme = shape, _entry(data, "scheme")
+        decoded = None if scheme is None else Scheme.from_dict(scheme)
+        return cls(name, out_features, in_features, dtype, bias_bytes, decoded, note)
+
+
+def _entry(data: Any, key: str) -> Any:
+    """data[key] of what should be a JSON object with that key."""
+    if not isinstance(data, Mapping) or key not in data:
+        raise ValueError(f"Plan: the key {key!r} is missing in {data!r}")
+    return data[key]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
 
 class Plan(dict[str, Scheme]):
@@ -188,13 +203,13 @@ class Plan(dict[str, Scheme]):
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of to_dict."""
         version = data.get("format_version") if isinstance(data, Mapping) else None
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(f"Plan: format_version must be {FORMAT_VERSION}; got {version!r}; upgrade convrot-quant")
-        try:
-            layers = [LayerPlan.from_dict(layer) for layer in data["layers"]]
-            return cls(layers, QuantConfig.from_dict(data["config"]), data["model_class"], data["other_bytes"])
-        except KeyError as error:
-            raise ValueError(f"Plan: the key {error} is missing") from None
+        layers, model_class, other_bytes = (_entry(data, key) for key in ("layers", "model_class", "other_bytes"))
+        if not (isinstance(layers, list) and isinstance(model_class, str) and _is_count(other_bytes)):
+            raise ValueError("Plan: layers must be a list, model_class a name and other_bytes a number of bytes")
+        config = QuantConfig.from_dict(_entry(data, "config"))
+        return cls([LayerPlan.from_dict(layer) for layer in layers], config, model_class, other_bytes)
 
     def to_json(self) -> str:
         """The plan as JSON text."""

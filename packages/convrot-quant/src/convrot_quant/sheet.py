@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 
@@ -13,7 +14,7 @@ from convrot_quant.plans import size_text
 
 MIN_SIDE = 224  # smaller images are enlarged by a whole factor, so that pixels stay what they are
 MARGIN, GAP, CARD_GAP = 36, 10, 40
-MAX_WIDTH, ASPECT = 2600, 1.25  # of the whole sheet, in pixels and as width over height
+MAX_WIDTH, ASPECT = 2600, 1.6  # of the whole sheet, in pixels and as width over height
 INK, FAINT, PAPER, RULE = "#1a1a1a", "#6b6b6b", "#ffffff", "#dcdcdc"
 TITLE, HEAD, TEXT, SMALL = 34, 22, 18, 16
 
@@ -34,7 +35,7 @@ class _Layout:
         self.card_width = len(results) * self.image[0] + (len(results) - 1) * GAP
         self.captions = [_wrap(picture.prompt, TEXT, self.card_width) for picture in pictures]
         lines = max(len(caption) for caption in self.captions)
-        self.caption_height = SMALL + 12 + lines * (TEXT + 6)
+        self.caption_height = SMALL + 18 + lines * (TEXT + 6)
         self.card_height = self.image[1] + self.caption_height
         self.per_row = self._cards_per_row(len(pictures))
         self.rows = math.ceil(len(pictures) / self.per_row)
@@ -48,7 +49,7 @@ class _Layout:
         def distance(n: int) -> float:
             shape = n * (self.card_width + CARD_GAP) / (math.ceil(count / n) * (self.card_height + CARD_GAP) + 150)
             empty = math.ceil(count / n) * n - count
-            return abs(math.log(shape / ASPECT)) + empty / count
+            return abs(math.log(shape / ASPECT)) + 6 * empty / count
 
         most = max(1, (MAX_WIDTH - 2 * MARGIN + CARD_GAP) // (self.card_width + CARD_GAP))
         return min(range(1, min(count, most) + 1), key=distance)
@@ -80,7 +81,7 @@ def draw_sheet(results: Sequence[Result], *, title: str, subtitle: str) -> Image
             figures = _figures(result, i)
             draw.text((left, y + layout.image[1] + 6), _fit(figures, SMALL, layout.image[0]), FAINT, _font(SMALL))
         for line, text in enumerate(layout.captions[i]):
-            below = y + layout.image[1] + SMALL + 12 + line * (TEXT + 6)
+            below = y + layout.image[1] + SMALL + 16 + line * (TEXT + 6)
             draw.text((x, below), text, INK, _font(TEXT))
     return sheet
 
@@ -104,9 +105,8 @@ def _fit(text: str, size: int, width: int) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
     if _font(size).getlength(text) <= width:
         return text
-    while text and _font(size).getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    fitting = bisect_right(range(len(text)), width, key=lambda n: int(_font(size).getlength(text[:n] + "...")))
+    return text[: max(fitting - 1, 0)].rstrip() + "..."
 
 
 def _wrap(text: str, size: int, width: int, most: int = 3) -> list[str]:

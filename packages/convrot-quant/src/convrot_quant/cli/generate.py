@@ -175,7 +175,7 @@ def write_sheet(
     if len(results) == 2:
         figures = results[1].to_dict(results[0])
         psnr = figures["psnr_db_mean"]
-        mean = "all images identical" if psnr is None else f"mean PSNR {psnr:.1f} dB, SSIM {figures['ssim_mean']:.3f}"
+        mean = "All images identical" if psnr is None else f"Mean PSNR {psnr:.1f} dB, SSIM {figures['ssim_mean']:.3f}"
         subtitle += f". {mean}. Transformer {figures['times_smaller']:.2f}x smaller."
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(results, title=title, subtitle=subtitle).save(path)

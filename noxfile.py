@@ -55,13 +55,6 @@ def tests(session: nox.Session) -> None:
     """All CPU tests but the slow ones, on two processes. `nox -s tests -- tests/kernels -k rotate` runs some."""
     install(session, "test")
     session.run("pytest", "-n", "2", "-m", "not slow and not gpu and not browser", *session.posargs)
-    if not session.posargs:
-        interpreter(session)
-
-
-def interpreter(session: nox.Session) -> None:
-    """The Triton kernels on CPU tensors, in Triton's interpreter, which a process has from its start or not at all."""
-    session.run("pytest", "-n", "2", "-m", "not gpu", "tests/kernels", env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session
@@ -81,6 +74,14 @@ def tests_full(session: nox.Session) -> None:
     Path("docs/results/tests_full.json").write_text(json.dumps(result, indent=2) + "\n")
     if counts["failures"] or counts["errors"]:
         session.error(f"{counts['failures'] + counts['errors']} of {counts['tests']} tests failed")
+
+
+@nox.session
+def interpreter(session: nox.Session) -> None:
+    """The Triton kernels on CPU tensors, in Triton's interpreter, which a process has from its start or not at all."""
+    install(session, "test")
+    command = ("pytest", "-n", "2", "-m", "not gpu", "tests/kernels", *session.posargs)
+    session.run(*command, env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session

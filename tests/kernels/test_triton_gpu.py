@@ -150,9 +150,3 @@ def test_on_another_stream() -> None:
         actual = ck.rotate_quantize(x)
     stream.synchronize()
     assert_equal(actual[0], expected[0])
-
-
-def test_auto_picks_the_backend_for_a_gpu() -> None:
-    with ck.use_backend("auto"):
-        assert ck.available_backends("cuda")["triton"] is None
-        assert ck.preferred_codes("cuda") in ("int8", "packed")

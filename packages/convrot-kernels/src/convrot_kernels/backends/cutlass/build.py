@@ -5,7 +5,6 @@ half-written, truncated or built from other sources is not found, says why, and 
 files appear by renaming. Objects are kept, so an interrupted build goes on where it stopped.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,9 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from convrot_kernels.backends.cutlass.generate import CUTLASS_VERSION, generate
 from convrot_kernels.backends.cutlass.variants import ARCHS, arch_of, of_arch
@@ -210,14 +209,6 @@ def compile_unit(unit: Unit, arch: str, toolkit: Toolkit, folder: Path, *, more_
 # building
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a process that dies gives the lock back."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def _report_to_terminal(done: int, total: int, name: str, seconds: float) -> None:
     width = 30
     bar = "#" * (width * done // total)
@@ -254,7 +245,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
     library = folder / _name(arch)
-    with _locked(library.with_suffix(".lock")):
+    with FileLock(library.with_suffix(".lock")):  # a process that dies gives it back
         if _defect(library) is None:
             return library
         toolkit, started = find_toolkit(), time.monotonic()

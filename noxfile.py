@@ -77,6 +77,14 @@ def tests_full(session: nox.Session) -> None:
 
 
 @nox.session
+def interpreter(session: nox.Session) -> None:
+    """The Triton kernels on CPU tensors, in Triton's interpreter, which a process has from its start or not at all."""
+    install(session, "test")
+    command = ("pytest", "-n", "2", "-m", "not gpu", "tests/kernels", *session.posargs)
+    session.run(*command, env={"TRITON_INTERPRET": "1"})
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need an NVIDIA GPU, in the environment that nox is run from (its torch knows the GPU)."""
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)

@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from convrot_kernels import dispatch
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on CPU tensors, slowly
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 # the same few examples every time; HYPOTHESIS_PROFILE=long (nox -s tests_full) looks for new ones
@@ -24,6 +25,21 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS warns that it is not deterministic
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the CPU, leave out backends that are for GPUs; under TRITON_INTERPRET=1, all that runs no Triton kernel."""
+    skipped = [item for item in items if not _belongs_here(item)]
+    items[:] = [item for item in items if _belongs_here(item)]
+    config.hook.pytest_deselected(items=skipped)
+
+
+def _belongs_here(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend")
+    if INTERPRETING:
+        return backend == "triton"
+    return backend is None or parameters.get("device") != "cpu" or not dispatch.available_backends("cpu")[backend]
 
 
 @pytest.fixture(autouse=True)

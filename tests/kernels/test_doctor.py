@@ -38,7 +38,9 @@ def test_without_a_backend_it_fails_and_says_why(
 ) -> None:
     monkeypatch.setattr(reference, "why_not", lambda device: "not today")
     assert doctor.main(["doctor"]) == 1
-    assert "rotate: no backend can run on cpu: reference: not today" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "rotate: no backend can run on cpu: " in text
+    assert "reference: not today" in text
 
 
 def test_help_and_a_wrong_command() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import convrot_kernels as ck
+from convrot_kernels.layouts import LAYOUTS
 from convrot_kernels.testing import make_codes, make_scale
 
 X = torch.ones(2, 256)
@@ -146,7 +147,7 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: ck.scaled_mm(A, B, SA, SB, b_layout="hopper"),
-        "scaled_mm: the layout must be one of row_major, got 'hopper'; "
+        f"scaled_mm: the layout must be one of {', '.join(LAYOUTS)}, got 'hopper'; "
         'use "row_major", or ask preferred_layout(device)',
     ),
     (
@@ -197,7 +198,7 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: ck.prepare_weight(B, "hopper"),
-        "prepare_weight: the layout must be one of row_major, got 'hopper'; use \"row_major\"",
+        f"prepare_weight: the layout must be one of {', '.join(LAYOUTS)}, got 'hopper'; use \"row_major\"",
     ),
     (
         lambda: ck.restore_weight(B.float(), "row_major"),

@@ -32,7 +32,7 @@ def test_hadamard_rejects_what_is_no_power_of_4(n: int) -> None:
 def test_rotate_equals_the_dense_product(
     backend: str, device: str, dtype: torch.dtype, group_size: int, dense_rotation: Callable[..., Tensor]
 ) -> None:
-    x = make_inputs(37, 3072, dtype=dtype, device=device)
+    x = make_inputs(23, 3072, dtype=dtype, device=device)
     expected = dense_rotation(x, group_size).float()
     actual = rotate(x.float(), group_size).cpu()
     torch.testing.assert_close(actual, expected, rtol=0, atol=float(expected.abs().max()) * 2**-21)
@@ -73,19 +73,20 @@ def test_leading_dimensions_of_any_rank(backend: str, device: str, shape: tuple[
     x = make_inputs(*shape, dtype=torch.float32, device=device)
     actual = rotate(x)
     assert actual.shape == x.shape
-    for row, expected in zip(actual.reshape(-1, 256), x.reshape(-1, 256), strict=True):
+    every = max(1, x.numel() // 8192)  # of the largest, some rows of every block
+    for row, expected in zip(actual.reshape(-1, 256)[::every], x.reshape(-1, 256)[::every], strict=True):
         assert_equal(row, rotate(expected))
 
 
 def test_non_contiguous_inputs(backend: str, device: str) -> None:
-    x = make_inputs(256, 512, dtype=torch.float32, device=device)
+    x = make_inputs(24, 512, dtype=torch.float32, device=device)
     for view in (
-        x.t(),
+        make_inputs(256, 24, dtype=torch.float32, device=device).t(),
         x[::3],
         x[:, ::2],
         x[:, 100:356],
         x[:1].expand(7, 512),
-        x.unflatten(0, (4, 64)).transpose(0, 1),
+        x.unflatten(0, (4, 6)).transpose(0, 1),
     ):
         assert not view.is_contiguous()
         assert_equal(rotate(view), rotate(view.contiguous()))

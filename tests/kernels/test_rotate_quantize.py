@@ -165,8 +165,9 @@ def test_leading_dimensions_of_any_rank(backend: str, device: str, rows: tuple[i
 
 
 def test_non_contiguous_inputs(backend: str, device: str, dtype: torch.dtype) -> None:
-    x = make_inputs(256, 512, dtype=dtype, device=device)
-    for view in (x.t(), x[::5], x[:, ::2], x[:, 7:263], x[:1].expand(7, 512), x.unflatten(0, (4, 64)).transpose(0, 1)):
+    x, tall = make_inputs(24, 512, dtype=dtype, device=device), make_inputs(256, 24, dtype=dtype, device=device)
+    last = x.unflatten(0, (4, 6)).transpose(0, 1)
+    for view in (tall.t(), x[::5], x[:, ::2], x[:, 7:263], x[:1].expand(7, 512), last):
         codes, scale = rotate_quantize(view)
         expected_codes, expected_scale = rotate_quantize(view.contiguous())
         assert_equal(codes, expected_codes)

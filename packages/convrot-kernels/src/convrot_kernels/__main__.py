@@ -1,10 +1,11 @@
-"""python -m convrot_kernels doctor: what this machine can run, and why not the rest."""
+"""python -m convrot_kernels doctor: what this machine can run, and why not the rest; build: the compiled kernels."""
 
 import argparse
 import json
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +85,20 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Exit code 0 when every op can run on some device, else 1. Example: python -m convrot_kernels doctor",
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    build = commands.add_parser(
+        "build",
+        help="compile the CUTLASS kernels of this GPU, or of --arch, into the cache",
+        description="Compile the CUTLASS kernels with nvcc, once per version: minutes, and no GPU is needed.",
+        epilog="Example: python -m convrot_kernels build --arch sm_90a --jobs 2",
+    )
+    build.add_argument("--arch", action="append", default=[], help="sm_80, sm_90a, sm_120, ...; may be repeated")
+    build.add_argument("--jobs", type=int, default=2, help="compilers at a time, up to 5 GB each (default 2)")
+    build.add_argument("--output", type=Path, help="folder of the library instead of the cache")
     options = parser.parse_args(arguments)
+    if options.command == "build":
+        from convrot_kernels.backends.cutlass.build import build_command
+
+        return build_command(options.arch, options.jobs, options.output)
     report = examine()
     if options.json:
         print(json.dumps(report, indent=2))

@@ -13,19 +13,25 @@ from typing import Any
 
 import torch
 
-BACKENDS: dict[str, str] = {"reference": "convrot_kernels.reference"}  # name -> module, imported when first asked
+# name -> module, imported when first asked
+BACKENDS: dict[str, str] = {
+    "reference": "convrot_kernels.reference",
+    "triton": "convrot_kernels.backends.triton",
+    "cutlass": "convrot_kernels.backends.cutlass",
+}
 
-# op -> backends in the order in which `auto` tries them
+# op -> backends in the order in which `auto` tries them. triton and cutlass stand last, where only use_backend reaches
+# them, until their tests have run on a GPU: so far Triton's interpreter and compilers alone have seen them.
 ORDER: dict[str, tuple[str, ...]] = {
-    "rotate": ("reference",),
-    "rotate_quantize": ("reference",),
-    "rotate_quantize_gelu": ("reference",),
-    "rotate_quantize_modulate": ("reference",),
-    "rotate_quantize_silu_mul": ("reference",),
-    "rotate_quantize_cat_gelu": ("reference",),
-    "scaled_mm": ("reference",),
-    "scaled_mm_out": ("reference",),
-    "scaled_mm_gate_residual": ("reference",),
+    "rotate": ("reference", "triton"),
+    "rotate_quantize": ("reference", "triton", "cutlass"),
+    "rotate_quantize_gelu": ("reference", "triton", "cutlass"),
+    "rotate_quantize_modulate": ("reference", "triton", "cutlass"),
+    "rotate_quantize_silu_mul": ("reference", "triton", "cutlass"),
+    "rotate_quantize_cat_gelu": ("reference", "triton", "cutlass"),
+    "scaled_mm": ("reference", "triton", "cutlass"),
+    "scaled_mm_out": ("reference", "triton", "cutlass"),
+    "scaled_mm_gate_residual": ("reference", "triton", "cutlass"),
     "pack_int4": ("reference",),
     "unpack_int4": ("reference",),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convrot_kernels.ops import unpack_int4
 
-MISMATCHES = 1e-5  # the share of codes by which a backend may differ from reference, each by one step
+MISMATCHES = 1e-5  # the share of codes by which a backend may differ from reference, each by one step; one is chance
 SCALE_RTOL = 1e-5
 
 
@@ -65,7 +65,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_codes_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """(codes, scale) of a backend and of reference: at most 1e-5 of the codes off, by one step; scale within 1e-5."""
+    """(codes, scale) of a backend and of reference: 1e-5 of the codes (or one) off by one step; scale within 1e-5."""
     (codes, scale), (wanted, wanted_scale) = actual, expected
     assert codes.dtype == wanted.dtype, f"codes {codes.dtype}, expected {wanted.dtype}"
     assert codes.shape == wanted.shape, f"codes {tuple(codes.shape)}, expected {tuple(wanted.shape)}"
@@ -74,7 +74,7 @@ def assert_codes_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Te
     steps = (codes.detach().cpu().int() - wanted.detach().cpu().int()).abs()
     off, furthest = int((steps > 0).sum()), int(steps.max()) if steps.numel() else 0
     assert furthest <= 1, f"{off} of {steps.numel()} codes differ, one by {furthest} steps"
-    assert off <= MISMATCHES * steps.numel(), (
+    assert off <= max(1, MISMATCHES * steps.numel()), (
         f"{off} of {steps.numel()} codes differ, allowed are {MISMATCHES:g} of them"
     )
     torch.testing.assert_close(scale.cpu(), wanted_scale.cpu(), rtol=SCALE_RTOL, atol=0, equal_nan=True)

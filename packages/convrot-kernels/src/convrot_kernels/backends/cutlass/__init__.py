@@ -1,0 +1,35 @@
+"""CUTLASS backend: the compiled library of this GPU. `build.py` makes it, nothing here compiles.
+
+variants.py (which kernels), generate.py (their text), build.py (text -> library), library.py (load and check),
+products.py and quantize.py (the ops). Importing this touches neither CUDA nor the library.
+"""
+
+from convrot_kernels.backends.cutlass.library import why_not
+from convrot_kernels.backends.cutlass.products import (
+    preferred_codes,
+    preferred_layout,
+    scaled_mm,
+    scaled_mm_gate_residual,
+    scaled_mm_out,
+)
+from convrot_kernels.backends.cutlass.quantize import (
+    rotate_quantize,
+    rotate_quantize_cat_gelu,
+    rotate_quantize_gelu,
+    rotate_quantize_modulate,
+    rotate_quantize_silu_mul,
+)
+
+__all__ = [
+    "preferred_codes",
+    "preferred_layout",
+    "rotate_quantize",
+    "rotate_quantize_cat_gelu",
+    "rotate_quantize_gelu",
+    "rotate_quantize_modulate",
+    "rotate_quantize_silu_mul",
+    "scaled_mm",
+    "scaled_mm_gate_residual",
+    "scaled_mm_out",
+    "why_not",
+]

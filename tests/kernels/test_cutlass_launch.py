@@ -1,0 +1,156 @@
+"""Which kernels a call launches and with what: a stand-in library records the calls, on the CPU."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convrot_kernels import pack_int4, prepare_weight
+from convrot_kernels.backends import cutlass
+from convrot_kernels.backends.cutlass import library
+from convrot_kernels.backends.cutlass.products import BLOCKS
+from convrot_kernels.testing import make_codes, make_inputs, make_scale
+
+Calls = list[tuple[str, tuple[Any, ...]]]
+UNPACK, GEMV = "convrot_unpack", "convrot_gemv"
+# activation bits, weight bits, packed activations
+W4A4, PACKED, W4A8, W8A8, W8A4 = (4, 4, False), (4, 4, True), (8, 4, False), (8, 8, False), (4, 8, True)
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.calls: Calls = []
+
+    def call(self, name: str, *arguments: Any) -> None:
+        types = library._PLAIN.get(name, library._GEMM)
+        assert len(arguments) == len(types), name
+        for value, convert in zip(arguments, types, strict=True):
+            convert(value)  # as ctypes would: raises for a wrong type
+        self.calls.append((name, arguments))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> _Recorder:
+    """The library of the arch in the test's parameter, or of sm_90a."""
+    recorder, arch = _Recorder(), getattr(request, "param", "sm_90a")
+    monkeypatch.setattr(library, "of", lambda device: (arch, recorder))
+    monkeypatch.setattr(library, "index_of", lambda device: 0)
+    monkeypatch.setattr(library, "sm_count", lambda index: 132)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return recorder
+
+
+def _operands(m: int, n: int, k: int, scheme: tuple[int, int, bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a_bits, b_bits, packed = scheme
+    a, b = make_codes(m, k, bits=a_bits), make_codes(n, k, bits=b_bits)
+    return pack_int4(a) if packed else a, pack_int4(b) if b_bits == 4 else b, make_scale(m), make_scale(n)
+
+
+ROUTES = [
+    ("sm_90a", W4A4, ["sm90_s4s8_128x128x128_bf16"]),
+    ("sm_90a", W4A8, ["sm90_s4s8_128x128x128_bf16"]),
+    ("sm_90a", PACKED, [UNPACK, "sm90_s4s8_128x128x128_bf16"]),
+    ("sm_90a", W8A8, ["sm90_s8s8_128x128x128_bf16"]),
+    ("sm_90a", W8A4, [UNPACK, "sm90_s8s8_128x128x128_bf16"]),
+    ("sm_80", PACKED, ["sm80_s4s4_128x256x128_bf16"]),
+    ("sm_80", W4A8, [UNPACK, "sm80_s8s8_128x128x64_bf16"]),
+    ("sm_80", W8A8, ["sm80_s8s8_128x128x64_bf16"]),
+    ("sm_120", W4A4, [UNPACK, "sm80_s8s8_128x128x64_bf16"]),
+    ("sm_120", PACKED, [UNPACK, UNPACK, "sm80_s8s8_128x128x64_bf16"]),
+    ("sm_120", W8A8, ["sm80_s8s8_128x128x64_bf16"]),
+]
+
+
+@pytest.mark.parametrize(("recorder", "scheme", "kernels"), ROUTES, indirect=["recorder"])
+@pytest.mark.parametrize("layout", ["row_major", BLOCKS])
+def test_route_of_a_scheme(recorder: _Recorder, scheme: tuple[int, int, bool], kernels: list[str], layout: str) -> None:
+    a, b, a_scale, b_scale = _operands(300, 128, 256, scheme)
+    cutlass.scaled_mm(a, prepare_weight(b, layout), a_scale, b_scale, b_layout=layout)
+    assert recorder.names == kernels
+
+
+@pytest.mark.parametrize("recorder", ["sm_90a", "sm_80", "sm_100"], indirect=True)
+@pytest.mark.parametrize(("m", "n", "k", "out"), [(8, 128, 256, 2), (300, 31, 48, 2), (300, 24, 17, 4), (9, 64, 64, 4)])
+def test_what_no_gemm_fits_goes_to_the_gemv_padded(recorder: _Recorder, m: int, n: int, k: int, out: int) -> None:
+    a, b, a_scale, b_scale = _operands(m, n, k, W8A8)
+    dtype = torch.float32 if out == 4 else torch.bfloat16
+    cutlass.scaled_mm(a, b, a_scale, b_scale, None, dtype)
+    assert recorder.names == [GEMV]
+    assert recorder.calls[0][1][-4:-1] == (m, n, (k + 31) // 32 * 32)
+
+
+def test_prepared_operands_are_read_where_they_lie(recorder: _Recorder) -> None:
+    a, b, a_scale, b_scale = _operands(300, 128, 256, W4A4)
+    b, bias = prepare_weight(b, BLOCKS), torch.randn(128, dtype=torch.bfloat16)
+    out = torch.empty(300, 512, dtype=torch.bfloat16)
+    cutlass.scaled_mm_out(out[:, 128:256], a, b, a_scale, b_scale, bias, b_layout=BLOCKS)
+    arguments = recorder.calls[0][1]
+    assert arguments[:4] == tuple(tensor.data_ptr() for tensor in (b, a, a_scale, b_scale))
+    assert arguments[4:6] == (bias.data_ptr(), 2)
+    assert arguments[10:12] == (out.data_ptr() + 256, 512)
+    assert arguments[12:] == (300, 128, 256, 0, 132, 0)
+
+
+def test_an_output_that_the_gemm_cannot_address_is_copied(recorder: _Recorder) -> None:
+    a, b, a_scale, b_scale = _operands(300, 128, 256, W4A4)
+    out = torch.zeros(300, 515, dtype=torch.bfloat16)
+    cutlass.scaled_mm_out(out[:, 3:131], a, prepare_weight(b, BLOCKS), a_scale, b_scale, b_layout=BLOCKS)
+    name, arguments = recorder.calls[0]
+    assert name == "sm90_s4s8_128x128x128_bf16"
+    assert arguments[11] == 128  # rows of a buffer of its own
+
+
+def test_one_launch_a_sample_where_gates_differ(recorder: _Recorder) -> None:
+    a, b, a_scale, b_scale = _operands(40, 32, 64, W4A4)
+    gate, residual = torch.randn(2, 32), torch.randn(2, 20, 32).bfloat16()
+    a, a_scale, b = a.view(2, 20, 64), a_scale.view(2, 20), prepare_weight(b, BLOCKS)
+    cutlass.scaled_mm_gate_residual(a, b, a_scale, b_scale, None, gate, residual, b_layout=BLOCKS)
+    assert recorder.names == ["sm90_s4s8_64x16x256_bf16"] * 2
+    first, second = (arguments for _, arguments in recorder.calls)
+    assert second[6] - first[6] == 4 * 32  # gate
+    assert second[8] - first[8] == 2 * 20 * 32  # residual
+    recorder.calls.clear()
+    cutlass.scaled_mm_gate_residual(a, b, a_scale, b_scale, None, gate[0], residual, b_layout=BLOCKS)
+    assert len(recorder.calls) == 1
+
+
+def test_nothing_is_launched_for_no_rows(recorder: _Recorder) -> None:
+    a, b, a_scale, b_scale = _operands(0, 32, 64, W4A4)
+    assert cutlass.scaled_mm(a, b, a_scale, b_scale).shape == (0, 32)
+    assert cutlass.rotate_quantize(torch.empty(0, 256))[0].shape == (0, 256)
+    assert recorder.calls == []
+
+
+def test_codes_wider_than_int32_sums_allow_are_refused_with_a_remedy(recorder: _Recorder) -> None:
+    a, b, a_scale, b_scale = _operands(1, 16, 1 << 17, W4A8)
+    with pytest.raises(library.KernelError, match=r"codes of at most K=65536 here; use_backend\('reference'\)"):
+        cutlass.scaled_mm(a, b, a_scale, b_scale)
+
+
+def test_chunks_of_a_modulation_are_read_where_they_lie(recorder: _Recorder) -> None:
+    x = make_inputs(2, 5, 512)
+    shift, scale = torch.randn(2, 6 * 512).bfloat16().chunk(6, dim=-1)[:2]
+    cutlass.rotate_quantize_modulate(x, scale, shift)
+    name, arguments = recorder.calls[0]
+    assert name == "convrot_rotate_quantize_bf16"
+    assert arguments[:2] == (x.data_ptr(), 512)
+    assert arguments[5:11] == (scale.data_ptr(), 2, shift.data_ptr(), 2, 6 * 512, 5)
+
+
+def test_quantizer_gets_the_rows_of_any_view(recorder: _Recorder) -> None:
+    x = make_inputs(64, 1040)
+    cutlass.rotate_quantize(x[::3, 8:1032])
+    cutlass.rotate_quantize(x[:, 1:1025])
+    (_, view), (_, copied) = recorder.calls
+    assert view[:2] == (x.data_ptr() + 16, 3120)
+    assert copied[1] == 1024
+    cutlass.rotate_quantize_cat_gelu(x[:, :512], x[:, 512:768])
+    assert recorder.calls[-1][1][:5] == (x.data_ptr(), 1040, x.data_ptr() + 1024, 1040, 512)

@@ -202,3 +202,19 @@ def test_committed_results_name_no_machine():
             assert not row["command"].startswith("/"), path
             assert " /" not in row["command"], path
             json.dumps(row)
+
+
+def test_quality_command_records_every_layer(tmp_path):
+    """The real pipeline and judge, two captions and two steps: every row, and one error a quantized layer."""
+    out = tmp_path / "q.jsonl"
+    home = ROOT / "apps" / "mini-flux"
+    command = ["quality", str(home / "weights"), "--judge", str(home / "judge.safetensors"), "--out", str(out)]
+    few = ["--captions", "2", "--steps", "2", "--batch", "2", "--device", "cpu", "--method", "sylvester256"]
+    result = CliRunner().invoke(app, [*command, *few])
+    assert result.exit_code == 0, result.output
+    rows = load([out])
+    assert {r["case"].split("/")[0] for r in rows} == {"bf16", "chance", "sylvester256", "paper_w4a4"}
+    errors = next(r["layer_l2"] for r in rows if r["case"] == "paper_w4a4/layer_l2_median")
+    assert len(errors) == 38
+    assert all(0.01 < e < 0.5 for e in errors.values())
+    assert "single_transformer_blocks.3.proj_out" in report.layers_table(rows)

@@ -117,9 +117,8 @@ def run(suite: Suite, writer: Writer, methods: Sequence[Method], say: Callable[[
     shape = {"model": suite.folder.name, "steps": suite.steps, "prompts": len(suite.texts)}
     for name, measured in found.items():
         for case, value in measured.figures.items():
-            writer.write(
-                f"{name}/{case}", shape, value, base[case], CASES[case], BASELINE, device=suite.device, **measured.more
-            )
+            more = measured.more | ({"layer_l2": measured.layer_l2} if case == "layer_l2_median" else {})
+            writer.write(f"{name}/{case}", shape, value, base[case], CASES[case], BASELINE, device=suite.device, **more)
 
 
 def describe(measured: Measured) -> str:

@@ -1,6 +1,7 @@
 """`convrot-bench`: measure, write JSON lines, make the tables."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,23 +24,33 @@ def _device(name: str) -> str:
 @app.command()
 def ops(
     out: Annotated[Path, typer.Option(help="JSON lines are appended to this file")] = Path("docs/results/ops.jsonl"),
+    case: Annotated[list[str] | None, typer.Option(help="only these (repeat); default: all")] = None,
     shapes: Annotated[Literal["flux", "mini-flux"], typer.Option(help="whose linears")] = "flux",
     device: Device = "auto",
-    repeats: Annotated[int, typer.Option(help="timed calls a case; the median counts", min=1)] = 50,
+    repeats: Annotated[int, typer.Option(help="timed calls a case on a CPU; the median counts", min=1)] = 50,
 ) -> None:
     """Time the ops of every backend that runs here, after checking each against the reference.
 
-    Example:  convrot-bench ops --shapes mini-flux --device cpu --out outputs/ops.jsonl
+    Five minutes on a GPU: sustained, as CUDA graphs, each against its 16-bit counterpart in the same process.
+
+    Example:  convrot-bench ops --case gemm_w4a4 --case gemm_step --out outputs/ops.jsonl
     """
+    from rich.progress import track
+
     from convrot_bench import shapes as data
-    from convrot_bench.ops import run
+    from convrot_bench.ops import plan, prepare, run, select
     from convrot_bench.results import Writer
 
     sizes = {
         "flux": (data.FLUX_LINEARS, data.FLUX_TOKENS),
         "mini-flux": (data.MINI_FLUX_LINEARS, data.MINI_FLUX_TOKENS),
     }
-    run(Writer(out, "ops"), *sizes[shapes], _device(device), repeats, console.print)
+    where = _device(device)
+    cases = select(case or [], where)
+    bench = prepare(where, console.print)
+    jobs = plan(bench, cases, sizes[shapes], repeats)
+    bar = partial(track, description="ops", console=console, disable=not console.is_terminal, transient=True)
+    run(Writer(out, "ops"), bench, jobs, bar)
 
 
 @app.command()

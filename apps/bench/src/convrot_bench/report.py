@@ -8,6 +8,7 @@ from typing import Any
 
 from convrot_bench.methods import METHODS
 from convrot_bench.results import load
+from convrot_bench.speed import bars_table, ops_table
 
 Rows = list[dict[str, Any]]
 
@@ -91,26 +92,12 @@ def _quality_line(rows: Rows, name: str, title: str) -> str:
     return "| " + " | ".join([title, layers, errors, *figures]) + " |"
 
 
-def ops_table(rows: Rows) -> str:
-    """One line a case, shape and backend: medians over the committed runs."""
-    rows = [r for r in rows if r["bench"] == "ops"]
-    if not rows:
-        return "No op runs are committed yet."
-    lines = [
-        "| case | backend | shape | us | times its baseline | baseline | machine |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    groups: dict[tuple[str, ...], Rows] = {}
-    for r in rows:
-        shape = " x ".join(f"{k}={v}" for k, v in r["shape"].items())
-        groups.setdefault((r["case"], r["backend"], shape, r["baseline_name"], r["gpu"]), []).append(r)
-    for (case, backend, shape, baseline, gpu), some in groups.items():
-        us, times = median(r["ours"] for r in some), median(r["ratio"] for r in some)
-        lines.append(f"| {case} | {backend} | {shape} | {us:.1f} | {times:.2f} | {baseline} | {gpu} |")
-    return "\n".join(lines)
-
-
-TABLES: dict[str, Callable[[Rows], str]] = {"quality": quality_table, "layers": layers_table, "ops": ops_table}
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "quality": quality_table,
+    "layers": layers_table,
+    "ops": ops_table,
+    "bars": bars_table,
+}
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 

@@ -56,9 +56,18 @@ def machine_facts() -> dict[str, Any]:
             "driver": "none",
             "clocks": "none",
         } | facts
-    query = _run("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw", "--format=csv,noheader")
-    driver, _, clocks = (query.splitlines() or ["unknown, "])[0].partition(", ")
-    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "clocks": clocks} | facts
+    driver = _query("driver_version")
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "clocks": gpu_clocks()} | facts
+
+
+def gpu_clocks() -> str:
+    """SM clock, memory clock and power of the GPU at this moment."""
+    return _query("clocks.sm,clocks.mem,power.draw")
+
+
+def _query(fields: str) -> str:
+    lines = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else "unknown"
 
 
 def _run(*command: str) -> str:
@@ -78,6 +87,19 @@ def _commit() -> str:
         if commit
         else "unknown"
     )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a case measured: the part of a row that the writer does not know."""
+
+    case: str
+    shape: dict[str, Any]
+    ours: float
+    baseline: float
+    unit: str
+    baseline_name: str
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +132,11 @@ class Writer:
         with self.path.open("a") as f:
             f.write(line + "\n")
         return row
+
+    def add(self, figure: Figure) -> dict[str, Any]:
+        """One row; returns it."""
+        f = figure
+        return self.write(f.case, f.shape, f.ours, f.baseline, f.unit, f.baseline_name, **f.more)
 
 
 def _command() -> str:

@@ -1,7 +1,8 @@
 """What tests and benchmarks share: inputs, exact comparisons, timing, byte and operation counts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -95,6 +96,74 @@ def time_median(
     for index in range(warmup):
         function(*arguments[index % len(arguments)])
     return median(clock(function, arguments[index % len(arguments)]) for index in range(repeats))
+
+
+def time_graphs(
+    contenders: Mapping[str, tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]],
+    *,
+    seconds: float = 0.18,
+    rounds: int = 2,
+) -> dict[str, float]:
+    """{name: (function, argument sets)} -> {name: median seconds a call}, sustained, as CUDA graphs, in one run.
+
+    A contender's graph goes round its argument sets: give as many as exceed the cache. Every round runs each contender
+    for `seconds` untimed, so that clocks and power settle under its own load, and for `seconds` timed; the next round
+    takes them in the opposite order. Nothing is checked here: compare the results first.
+    """
+    graphs = {name: _capture(function, arguments) for name, (function, arguments) in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(rounds):
+        names = list(graphs) if turn % 2 == 0 else list(reversed(graphs))
+        for name in names:
+            graph, calls = graphs[name]
+            once = _replay(graph, 3)[-1]
+            _replay(graph, max(3, int(seconds / once)))
+            samples[name] += [sample / calls for sample in _replay(graph, max(5, int(seconds / once)))]
+    return {name: median(values) for name, values in samples.items()}
+
+
+def _capture(
+    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """-> the graph of one call for each argument set, all of them repeated until it runs for a millisecond; calls."""
+    for some in arguments[:3]:
+        function(*some)
+    torch.cuda.synchronize()
+
+    def of(calls: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for some in calls:
+                function(*some)
+        return graph
+
+    graph = of(arguments)
+    repeats = round(1e-3 / _replay(graph, 3)[-1])
+    return (of(list(arguments) * repeats), repeats * len(arguments)) if repeats > 1 else (graph, len(arguments))
+
+
+def _replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
+    """Seconds of each of `times` replays, back to back."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+def time_host(function: Callable[..., Any], arguments: tuple[Any, ...], *, calls: int = 1000) -> float:
+    """Mean seconds that the host spends to enqueue function(*arguments) on a GPU, without waiting for it."""
+    for _ in range(50):
+        function(*arguments)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(*arguments)
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls
 
 
 def _time_cpu(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

@@ -1,0 +1,131 @@
+"""Ops against their 16-bit counterparts: compared with the reference first; only what agrees is timed."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from convrot_bench import shapes
+from convrot_bench.ops import medians, peers
+from convrot_bench.ops.costs import host_cost, weight_bits
+from convrot_bench.ops.linears import gemm_w4a4, gemv_w4a16, linear_w4a4
+from convrot_bench.ops.peers import linear_w4a4_vs_comfy_kitchen
+from convrot_bench.ops.problems import ERRORS, Bench, GateError, backends_of
+from convrot_bench.ops.rotations import Variant, case_of, rotate_quantize_all
+from convrot_bench.ops.step import gemm_step
+from convrot_bench.results import Figure, Writer
+from convrot_kernels import available_backends
+
+CASES = (
+    "gemm_w4a4", "linear_w4a4", "linear_w4a4_vs_comfy_kitchen", "gemm_step", "gemv_w4a16", "rotate_quantize",
+    "rotate_quantize_triton", "host_cost", "weight_bits",
+)  # fmt: skip
+CPU_CASES = ("gemm_w4a4", "linear_w4a4", "rotate_quantize")
+
+Sizes = tuple[Sequence[tuple[int, int]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured together; its figures become rows."""
+
+    label: str
+    measure: Callable[[Bench], Iterator[Figure]]
+
+
+def select(cases: Sequence[str], device: str) -> tuple[str, ...]:
+    """The named cases, or all that the device has."""
+    known = CASES if torch.device(device).type == "cuda" else CPU_CASES
+    for case in cases:
+        if case not in CASES:
+            raise ValueError(f"ops: unknown case {case!r}; use one of {', '.join(CASES)}")
+        if case not in known:
+            raise ValueError(f"ops: case {case!r} needs a GPU, got device {device}; here use {', '.join(known)}")
+    return tuple(cases) or known
+
+
+def prepare(device: str, say: Callable[[str], None]) -> Bench:
+    """The backends to measure on the device; ValueError with their reasons where there is none."""
+    backends = backends_of(device)
+    if not backends:
+        reasons = "; ".join(f"{name}: {why}" for name, why in available_backends(device).items() if why)
+        raise ValueError(f"ops: no compiled backend runs on {device}: {reasons}")
+    return Bench(device, backends, say)
+
+
+def plan(bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int) -> list[Job]:
+    """The jobs of the cases on the bench's device, in order."""
+    linears, tokens = sizes
+    products = [(m, n, k) for m in tokens for n, k in linears]
+    if torch.device(bench.device).type != "cuda":
+        return [_job("linear", medians.measure, *mnk, cases, repeats) for mnk in products]
+    jobs = []
+    for case, function in (("gemm_w4a4", gemm_w4a4), ("linear_w4a4", linear_w4a4)):
+        jobs += [_job(case, function, *mnk) for mnk in products if case in cases]
+    if (case := "linear_w4a4_vs_comfy_kitchen") in cases:
+        if reason := peers.why_not():
+            bench.say(f"{case} skipped: {reason}")
+        else:
+            jobs += [_job(case, linear_w4a4_vs_comfy_kitchen, *mnk) for mnk in products]
+    if "gemm_step" in cases:
+        jobs.append(_job("gemm_step", gemm_step))
+    if "gemv_w4a16" in cases:
+        jobs += [_job("gemv_w4a16", gemv_w4a16, *mnk) for mnk in shapes.GEMV_PRODUCTS]
+    jobs += _rotations(bench, cases)
+    if "host_cost" in cases:
+        jobs.append(_job("host_cost", host_cost, *shapes.HOST_PRODUCT))
+    if "weight_bits" in cases:
+        jobs.append(_job("weight_bits", weight_bits, *shapes.WEIGHT))
+    return jobs
+
+
+def _job(label: str, function: Callable[..., Iterator[Figure]], *arguments: Any) -> Job:
+    numbers = " x ".join(str(a) for a in arguments if isinstance(a, int))
+    return Job(f"{label} {numbers}".strip(), lambda bench: function(bench, *arguments))
+
+
+def _rotations(bench: Bench, cases: Sequence[str]) -> list[Job]:
+    """A job an (M, K); the forms of codes that are not the default once, at the largest M."""
+    backends = tuple(name for name in bench.backends if case_of(name) in cases)
+    for case in ("rotate_quantize", "rotate_quantize_triton"):
+        if case in cases and case not in map(case_of, backends):
+            bench.say(f"{case} skipped: its backend does not run on {bench.device}")
+    if not backends:
+        return []
+
+    def measure(bench: Bench, m: int, k: int, variants: Sequence[Variant]) -> Iterator[Figure]:
+        return rotate_quantize_all(replace(bench, backends=backends), m, k, variants)
+
+    jobs = []
+    for m in shapes.ROTATE_TOKENS:
+        for k, prologues in shapes.ROTATE_PROLOGUES.items():
+            variants = [Variant(prologue) for prologue in prologues]
+            if m == max(shapes.ROTATE_TOKENS):
+                variants += [Variant(bits=8), Variant(packed=True)]
+            jobs.append(_job("rotate_quantize", measure, m, k, variants))
+    return jobs
+
+
+def run(
+    writer: Writer, bench: Bench, jobs: Sequence[Job], track: Callable[[Sequence[Job]], Iterable[Job]] = iter
+) -> None:
+    """A row for every figure. A job that fails is said and the rest goes on; GateError at the end lists them."""
+    with torch.no_grad():
+        for job in track(jobs):
+            try:
+                for figure in job.measure(bench):
+                    bench.say(_line(writer.add(figure)))
+            except ERRORS as error:
+                bench.refuse(f"{job.label}: {error}")
+            gc.collect()
+            torch.cuda.empty_cache()
+    if bench.failures:
+        raise GateError(f"ops: {len(bench.failures)} not timed: " + "; ".join(bench.failures))
+
+
+def _line(row: dict[str, Any]) -> str:
+    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
+    times = f"{row['ours']:.1f} {row['unit']}, {row['ratio']:.2f}x {row['baseline_name']}"
+    return f"{row['case']:16} {row['backend']:9} {shape}: {times}"

@@ -98,7 +98,8 @@ def test_extreme_finite_values_stay_finite(backend: str, device: str, dtype: tor
     x[0, 3], x[1, 300] = largest, -largest
     assert_equal(rotate(x)[0, :256].abs(), torch.full((256,), largest, dtype=dtype, device=device) / 16)
     constant = torch.full((1, 1024), largest, dtype=dtype, device=device)
-    assert_equal(rotate(constant, 1024), constant)
+    rtol = 0 if backend == "reference" or dtype != torch.float32 else 2.0**-21  # the bound of a backend's fp32 sums
+    torch.testing.assert_close(rotate(constant, 1024), constant, rtol=rtol, atol=0)
 
 
 def test_nan_and_inf_stay_in_their_group(backend: str, device: str) -> None:

@@ -96,7 +96,9 @@ def rotate_quantize(
     rotated, qmax = _rotate(x, group_size), QMAX[bits]
     reach = SCALE_RULES[rule](rotated, qmax)
     finite = reach.isfinite()
-    scale = (reach * clip / qmax).clamp_min_(SCALE_FLOOR).masked_fill_(~finite, float("nan"))
+    # a tensor, because on a GPU PyTorch multiplies by the reciprocal of a number
+    scale = (reach * clip).div_(torch.full_like(reach, qmax))
+    scale = scale.clamp_min_(SCALE_FLOOR).masked_fill_(~finite, float("nan"))
     codes = rotated.div_(scale.unsqueeze(-1)).round_().clamp_(-qmax, qmax).to(torch.int8)
     codes.mul_(finite.unsqueeze(-1))  # the int8 of a NaN is anything
     return (pack_int4(codes) if packed else codes), scale

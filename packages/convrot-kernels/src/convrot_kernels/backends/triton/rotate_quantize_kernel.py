@@ -7,14 +7,16 @@ read finds L2). Prologues are variants of this one kernel and round once to the 
 
 The maximum is taken over the bits of |y| as integers: NaN and inf stand above all finite values there, so the row rule
 costs one comparison a row, and integers have a warp-wide reduction. Codes are rounded by adding 1.5 * 2^23, which
-leaves the integer in the low byte. The division is exact: 16-bit inputs meet ties, and a reciprocal alone misses them.
+leaves the integer in the low byte. Where 16-bit inputs meet ties (fine codes, small groups) the division is exact: a
+reciprocal alone misses them; elsewhere one FMA multiplies by it and rounds (2e-6 of the codes are off by a step).
 Terms between the two factors of H: 2 for 4-bit codes of 16-bit inputs in groups of 256 (2e-6 of the codes are off by a
 step), else 3 (none of 9 million).
 
-A prototype on an H200 (bf16, no prologue, 4 bits) was fastest with one pass of 16 groups and 4 warps at K = 3072, two
-of 4 groups and 1 warp at 12288, one of 64 and 8 warps at 15360. Lost there: the product with H_256 itself (5 to 10
-times slower), butterflies by reshape and split (2 to 5 times), transposing between the factors (up to 15 %).
-Not tried: three parts of a power of two instead of padding K = 3072 to 4096, several rows a program, more tuning.
+On an H200 (bf16, no prologue, 4 bits, 4608 rows) fastest are one pass of 4096 columns and 4 warps at K = 3072 (21 us), and
+two of 1024 columns and 1 warp at 12288 (87 us) and 15360 (109 us, against 140 in one pass of 16384). Lost there: the
+product with H_256 itself (5 to 10 times slower), butterflies by reshape and split (2 to 5 times), transposing between the
+factors (up to 15 %), two passes of 512, 2048, 4096 and 8192 columns.
+Not tried: three parts of a power of two instead of padding K = 3072 to 4096, several rows a program.
 """
 
 from typing import NamedTuple
@@ -53,14 +55,13 @@ class Blocks(NamedTuple):
 
 
 def pick_blocks(m: int, k: int, group_size: int) -> Blocks:
-    """One pass if the row fits and, with many rows, if padding it to a power of two adds less than a quarter."""
+    """One pass while the row is short or rows are few, else two: long rows leave too few programs an SM."""
     least, padded = LEAST_COLUMNS[group_size], triton.next_power_of_2(k)
-    if padded <= ONE_PASS_COLUMNS and (m < FEW_ROWS or padded <= 4096 or 4 * padded < 5 * k):
+    if padded <= 4096 or (m < FEW_ROWS and padded <= ONE_PASS_COLUMNS):
         columns = max(least, padded)
         return Blocks(columns, 1, min(8, max(1, columns // 1024)))
     columns, warps = (8192, 8) if m < FEW_ROWS else (1024, 1)
-    columns = max(least, min(columns, padded, ONE_PASS_COLUMNS))
-    return Blocks(columns, triton.cdiv(k, columns), warps)
+    return Blocks(max(least, columns), triton.cdiv(k, max(least, columns)), warps)
 
 
 @triton.jit
@@ -140,9 +141,15 @@ def _quotient(y, divisor):
 
 
 @triton.jit
-def _codes(y, scale, finite, QMAX: tl.constexpr, SHRUNK: tl.constexpr, CLIPPED: tl.constexpr):
+def _codes(
+    y, scale, finite, QMAX: tl.constexpr, SHRUNK: tl.constexpr, CLIPPED: tl.constexpr, TIES: tl.constexpr
+):  # fmt: skip
     """-> int32 in the shape of y, the code in the low byte; 0 in a row that is not finite."""
     divisor = scale * (1.0 / SHRUNK)  # exact
+    if not (TIES or CLIPPED or INTERPRETED):
+        reciprocal = tl.where(finite, tl.div_rn(1.0, divisor), 0.0)
+        y = tl.where(finite, y, 0.0)
+        return tl.fma(y, tl.zeros_like(y) + reciprocal, tl.zeros_like(y) + MAGIC).to(tl.int32, bitcast=True)
     if CLIPPED:  # far beyond qmax a quotient need not be right, but FMAs need it finite
         limit = divisor * (4.0 * QMAX)
         y = tl.minimum(tl.maximum(y, -limit), limit)
@@ -168,7 +175,7 @@ def _rotate_quantize(
     x_ptr, y_ptr, gain_ptr, shift_ptr, codes_ptr, scale_ptr, right_ptr, left_ptr,
     K, split, stride_x, stride_y, stride_gain, stride_shift, rows_per_sample, eps, clip,
     PROLOGUE: tl.constexpr, GROUP: tl.constexpr, SHRUNK: tl.constexpr, TERMS: tl.constexpr, QMAX: tl.constexpr,
-    CLIPPED: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    CLIPPED: tl.constexpr, TIES: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row, y_row = x_ptr + row * stride_x, y_ptr + row * stride_y
@@ -191,7 +198,7 @@ def _rotate_quantize(
         x = _values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
         y = rotated(x, right, left, COLUMNS, GROUP, TERMS)
         finite, scale = _row_scale(_largest(y), clip, QMAX, SHRUNK)
-        _store(codes_row, _codes(y, scale, finite, QMAX, SHRUNK, CLIPPED), 0, K, COLUMNS, PACKED)
+        _store(codes_row, _codes(y, scale, finite, QMAX, SHRUNK, CLIPPED, TIES), 0, K, COLUMNS, PACKED)
     else:
         largest = tl.full((), 0, tl.int32)
         for step in range(STEPS):
@@ -202,7 +209,8 @@ def _rotate_quantize(
         for step in range(STEPS):
             columns = step * COLUMNS + tl.arange(0, COLUMNS)
             x = _values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
-            codes = _codes(rotated(x, right, left, COLUMNS, GROUP, TERMS), scale, finite, QMAX, SHRUNK, CLIPPED)
+            y = rotated(x, right, left, COLUMNS, GROUP, TERMS)
+            codes = _codes(y, scale, finite, QMAX, SHRUNK, CLIPPED, TIES)
             _store(codes_row, codes, step * COLUMNS, K, COLUMNS, PACKED)
     tl.store(scale_ptr + row, scale)
 
@@ -233,12 +241,13 @@ def _launch(
     gain, gain_stride, sample_rows = per_batch(gain, x.shape)
     shift, shift_stride, _ = per_batch(shift, x.shape)
     blocks = pick_blocks(m, k, group_size)
-    terms = 2 if bits == 4 and group_size <= 256 and x.dtype != torch.float32 else 3
+    coarse = bits == 4 and x.dtype != torch.float32
+    terms, ties = 2 if coarse and group_size <= 256 else 3, not coarse or group_size < 256
     with torch.cuda.device_of(x):
         _rotate_quantize[(m,)](
             rows, more, gain, shift, codes, scale, *tables(group_size, x.dtype, x.device),
             k, rows.shape[1], rows.stride(0), more.stride(0), gain_stride, shift_stride, sample_rows, eps, clip,
-            prologue, group_size, SHRINK[group_size], terms, QMAX[bits], clip < 1, packed, blocks.columns, blocks.steps,
+            prologue, group_size, SHRINK[group_size], terms, QMAX[bits], clip < 1, ties, packed, blocks.columns, blocks.steps,
             num_warps=blocks.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale

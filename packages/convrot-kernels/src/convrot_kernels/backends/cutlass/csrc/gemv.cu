@@ -7,109 +7,177 @@
 // a lane), packed row-major nibbles, int8. x: int8 codes (exact int32 sums) or bf16, fp16, fp32 values (fp32 sums: the
 // products are exact, fp32 x is split into three bf16 terms). The K order inside a step is permuted, alike in both
 // operands, so that each lane uses the bytes as they were loaded.
-// K % 32 == 0, rows contiguous and 16-byte aligned: the launcher pads. Before: dp4a, 9.1 us for N=18432, K=3072, M=1 on
-// an H200; this one was not run on a GPU yet.
+// K % 32 == 0, rows contiguous and 16-byte aligned: the launcher pads.
 #include "gemv_fragments.cuh"
 
 namespace convrot {
 namespace {
 
-constexpr int kMaxWarps = 8;  // a block's; they split K
-constexpr int kUnroll = 4;    // chunks in flight: 32 or 128 bytes a lane
+constexpr int kWarps = 8;  // a block's; they split K
+constexpr int kMostStaged = 60 << 10;  // bytes of x: two blocks an SM, also with the 99 KB of sm_86
+// chunks in flight a warp, 3 or 4 KB: at K = 3072 it has asked for all it needs before it waits once
+template <Format kFormat>
+constexpr int kSlots = kFormat == kReordered ? 12 : 4;
 
-template <Format kFormat, class X, int kGroups, class Sum>
-__device__ __forceinline__ void accumulate(Product const& p, Chunk<kFormat> const& weight, int chunk, int lane,
-                                           Sum (&acc)[kGroups][4]) {
-  constexpr bool kCodes = std::is_same_v<X, int8_t>, kHalf = std::is_same_v<X, __half>;
+template <int kCount, int kFirst = 0, class Function>
+__device__ __forceinline__ void unrolled(Function f) {  // f(0) ... f(kCount - 1), each with a constant
+  if constexpr (kFirst < kCount) {
+    f(std::integral_constant<int, kFirst>{});
+    unrolled<kCount, kFirst + 1>(f);
+  }
+}
+
+// acc += one step of a chunk times the x that its columns meet
+template <Format kFormat, class X, class Sum>
+__device__ __forceinline__ void accumulate(Chunk<kFormat> const& weight, int step, XFragment<X> const& x, Sum (&acc)[4]) {
+  uint32_t a[4];
+  if constexpr (std::is_same_v<X, int8_t>) {
+    fragments(weight, step, a);
+    mma(acc, a, x.words.x, x.words.y);
+  } else {
+    constexpr bool kHalf = std::is_same_v<X, __half>;
 #pragma unroll
-  for (int step = 0; step < Chunk<kFormat>::kSteps; ++step) {
-    int const column = Chunk<kFormat>::column(chunk, step, lane);
+    for (int half = 0; half < 2; ++half) {
+      fragments16<kHalf>(weight, step, half, a);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      int const token = (blockIdx.y * kGroups + group) * 8 + (lane >> 2);
-      bool const inside = token < p.m && column < p.k;
-      X const* x = static_cast<X const*>(p.x) + int64_t(token) * p.k + column;
-      uint32_t a[4];
-      if constexpr (kCodes) {
-        uint32_t b0 = 0, b1 = 0;
-        if (inside) load_codes<kFormat>(x, b0, b1);
-        fragments(weight, step, a);
-        mma(acc[group], a, b0, b1);
-      } else {
-        constexpr int kTerms = std::is_same_v<X, float> ? 3 : 1;
-        uint32_t pairs[kTerms][4] = {};
-        if (inside) {
-          if constexpr (kTerms == 3) load_terms<kFormat>(x, pairs);
-          else load_pairs<kFormat>(x, pairs[0]);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          fragments16<kHalf>(weight, step, half, a);
-#pragma unroll
-          for (int term = kTerms - 1; term >= 0; --term) {
-            uint32_t b0, b1;
-            x_fragment16<kFormat>(pairs[term], half, b0, b1);
-            mma<kHalf>(acc[group], a, b0, b1);
-          }
-        }
+      for (int term = XFragment<X>::kTerms - 1; term >= 0; --term) {
+        uint4 const& w = x.words[term];
+        mma<kHalf>(acc, a, half ? w.z : w.x, half ? w.w : w.y);
       }
     }
   }
 }
 
-// ((sum * a_scale) * b_scale) + bias, then residual + gate * y: each step rounded to fp32, one rounding at the end
-__device__ __forceinline__ void finish(Product const& p, float sum, int row, int token) {
-  float y = p.a_scale ? __fmul_rn(sum, p.a_scale[token]) : sum;
-  y = __fmul_rn(y, p.b_scale[row]);
-  if (p.bias) y = __fadd_rn(y, load_as_float(p.bias, p.bias_dtype, row));
-  if (p.gate) y = __fmul_rn(load_as_float(p.gate, p.gate_dtype, row), y);
-  if (p.residual) y = __fadd_rn(load_as_float(p.residual, p.out_dtype, token * p.residual_stride + row), y);
-  store_from_float(p.out, p.out_dtype, token * p.out_stride + row, y);
+// ((sum * a_scale) * b_scale) + bias, then residual + gate * y: each step rounded to fp32, one rounding at the end.
+// Loads and arithmetic apart, so that the loads can be long under way.
+struct Finish {
+  float a_scale, b_scale, bias, gate, residual;
+  bool inside;
+
+  __device__ Finish(Product const& p, int row, int token) : inside(row < p.n && token < p.m) {
+    a_scale = inside && p.a_scale ? p.a_scale[token] : 1.f;
+    b_scale = inside ? p.b_scale[row] : 1.f;
+    bias = inside && p.bias ? load_as_float(p.bias, p.bias_dtype, row) : -0.f;
+    gate = inside && p.gate ? load_as_float(p.gate, p.gate_dtype, row) : 1.f;
+    residual = inside && p.residual ? load_as_float(p.residual, p.out_dtype, token * p.residual_stride + row) : -0.f;
+  }
+  __device__ void operator()(Product const& p, float sum, int row, int token) const {
+    float const y = __fadd_rn(__fmul_rn(__fmul_rn(sum, a_scale), b_scale), bias);
+    if (inside) store_from_float(p.out, p.out_dtype, token * p.out_stride + row, __fadd_rn(__fmul_rn(gate, y), residual));
+  }
+};
+
+// bytes of x in shared memory: every step of every chunk, every token, four lanes each
+template <Format kFormat, class X>
+int staged_bytes(Product const& p) {
+  int const chunks = (p.k + Chunk<kFormat>::kColumns - 1) / Chunk<kFormat>::kColumns;
+  return chunks * Chunk<kFormat>::kSteps * p.m * 4 * int(sizeof(XFragment<X>));
 }
 
+// kGroups groups of eight tokens. x of a single group stands in shared memory, fragment by fragment: every block reads
+// all of it. x of more is read where it is.
 template <Format kFormat, class X, int kGroups>
-__global__ void __launch_bounds__(kMaxWarps * 32) gemv(Product const p) {
+__global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 4 : 1) gemv(Product const p) {
+  using Weight = Chunk<kFormat>;
   using Sum = std::conditional_t<std::is_same_v<X, int8_t>, int, float>;
-  __shared__ Sum sums[kMaxWarps][kGroups * 128];
-  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, n0 = blockIdx.x * kRows;
-  int const chunks = (p.k + Chunk<kFormat>::kColumns - 1) / Chunk<kFormat>::kColumns;
-  Sum acc[kGroups][4] = {};
-  for (int first = warp; first < chunks; first += warps * kUnroll) {
-    Chunk<kFormat> weight[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * warps < chunks) weight[u].load(p, n0, first + u * warps, lane);
+  constexpr bool kStaged = kGroups == 1;
+  constexpr int kOutputs = kGroups * 128, kAhead = kSlots<kFormat>, kSteps = Weight::kSteps;
+  extern __shared__ uint4 dynamic[];
+  __shared__ Weight ring[kWarps][kAhead][32];  // a lane reads what it copied itself: no barrier
+  __shared__ Sum sums[kWarps][kOutputs];
+  auto* const staged = reinterpret_cast<XFragment<X>*>(dynamic);
+  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n0 = blockIdx.x * kRows;
+  int const chunks = (p.k + Weight::kColumns - 1) / Weight::kColumns;
+
+  auto const load_x = [&](int token, int chunk, int step, int quad) {
+    int const column = Weight::column(chunk, step, quad);
+    XFragment<X> x{};
+    if (token < p.m && column < p.k) {
+      x.template load<kFormat>(static_cast<X const*>(p.x) + int64_t(token) * p.k + column);
     }
+    return x;
+  };
+  Sum acc[2][kGroups][4] = {};  // two chains: a product waits for the one before it in its chain
+  auto const use = [&](int slot, int chunk) {
+    Weight const weight = ring[warp][slot][lane];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * warps < chunks) accumulate<kFormat, X>(p, weight[u], first + u * warps, lane, acc);
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        int const token = (blockIdx.y * kGroups + group) * 8 + (lane >> 2);
+        XFragment<X> x{};
+        if constexpr (!kStaged) x = load_x(token, chunk, step, lane & 3);
+        else if (token < p.m) x = staged[((chunk * kSteps + step) * p.m + token) * 4 + (lane & 3)];
+        accumulate<kFormat>(weight, step, x, acc[(slot + step) % 2][group]);
+      }
+    }
+  };
+  // output `index` of the tiles: register i of a lane is row lane / 4 + 8 (i / 2), token 2 (lane % 4) + i % 2
+  auto const row_of = [&](int index) { return n0 + (index >> 4 & 7) + 8 * (index >> 1 & 1); };
+  auto const token_of = [&](int index) {
+    return (blockIdx.y * kGroups + (index >> 7)) * 8 + 2 * (index >> 2 & 3) + (index & 1);
+  };
+
+#pragma unroll
+  for (int slot = 0; slot < kAhead; ++slot) {
+    if (int const chunk = warp + slot * kWarps; chunk < chunks) ring[warp][slot][lane].copy(p, n0, chunk, lane);
+    commit_copies();
+  }
+  Finish const early(p, row_of(threadIdx.x), token_of(threadIdx.x));  // of the first round of outputs, mostly the only
+  if constexpr (kStaged) {
+    for (int index = threadIdx.x; index < chunks * kSteps * p.m * 4; index += kWarps * 32) {
+      int const token = index / 4 % p.m, step = index / 4 / p.m;
+      staged[index] = load_x(token, step / kSteps, step % kSteps, index % 4);
+    }
+    __syncthreads();
+  }
+  int first = warp;
+  for (; first + kAhead * kWarps < chunks; first += kAhead * kWarps) {
+#pragma unroll
+    for (int slot = 0; slot < kAhead; ++slot) {
+      int const chunk = first + slot * kWarps, next = chunk + kAhead * kWarps;
+      await_copies<kAhead - 1>();
+      use(slot, chunk);
+      if (next < chunks) ring[warp][slot][lane].copy(p, n0, next, lane);
+      commit_copies();
     }
   }
+  unrolled<kAhead>([&](auto slot) {  // the last round, and the only one up to K = 3072 (packed: 4096, int8: 2048)
+    if (int const chunk = first + slot * kWarps; chunk < chunks) {
+      await_copies<kAhead - 1 - slot>();
+      use(slot, chunk);
+    }
+  });
+
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[warp][(group * 32 + lane) * 4 + i] = acc[group][i];
+    for (int i = 0; i < 4; ++i) sums[warp][(group * 32 + lane) * 4 + i] = acc[0][group][i] + acc[1][group][i];
   }
   __syncthreads();
-  for (int index = threadIdx.x; index < kGroups * 128; index += blockDim.x) {
+  for (int index = threadIdx.x; index < kOutputs; index += kWarps * 32) {
     Sum total = sums[0][index];
-    for (int w = 1; w < warps; ++w) total += sums[w][index];
-    // the tile's layout: register i of a lane is row lane / 4 + 8 (i / 2), token 2 (lane % 4) + i % 2
-    int const i = index & 3, from = (index >> 2) & 31, group = index >> 7;
-    int const row = n0 + (from >> 2) + 8 * (i >> 1),
-              token = (blockIdx.y * kGroups + group) * 8 + 2 * (from & 3) + (i & 1);
-    if (row >= p.n || token >= p.m) continue;
-    if constexpr (std::is_same_v<Sum, int>) finish(p, float(kFormat == kBytes ? total : total >> 4), row, token);
-    else finish(p, total, row, token);
+    for (int w = 1; w < kWarps; ++w) total += sums[w][index];
+    if constexpr (std::is_same_v<Sum, int> && kFormat != kBytes) total >>= 4;
+    int const row = row_of(index), token = token_of(index);
+    if (index == int(threadIdx.x)) early(p, float(total), row, token);
+    else Finish(p, row, token)(p, float(total), row, token);
   }
 }
 
 template <Format kFormat, class X>
 int launch(Product const& p, cudaStream_t stream) {
-  int const tiles = (p.n + kRows - 1) / kRows;
-  int const threads = tiles >= 1024 ? 128 : 256;  // enough blocks: longer runs of K a warp
-  if (p.m <= 8) gemv<kFormat, X, 1><<<dim3(tiles, 1), threads, 0, stream>>>(p);
-  else gemv<kFormat, X, 4><<<dim3(tiles, (p.m + 31) / 32), threads, 0, stream>>>(p);
+  int const tiles = (p.n + kRows - 1) / kRows, bytes = staged_bytes<kFormat, X>(p);
+  if (p.m > 8 || bytes > kMostStaged) {
+    gemv<kFormat, X, 4><<<dim3(tiles, (p.m + 31) / 32), kWarps * 32, 0, stream>>>(p);
+    return cuda_status(cudaGetLastError());
+  }
+  constexpr auto* kernel = gemv<kFormat, X, 1>;
+  if (bytes > 8 << 10) {  // beside ring and sums in the 48 KB that need no asking
+    int const status = cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    if (status != kOk) return status;
+  }
+  kernel<<<tiles, kWarps * 32, bytes, stream>>>(p);
   return cuda_status(cudaGetLastError());
 }
 

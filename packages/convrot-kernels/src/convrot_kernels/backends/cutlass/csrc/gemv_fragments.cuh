@@ -23,21 +23,32 @@ struct Product {
   int bias_dtype, gate_dtype, out_dtype, m, n, k;
 };
 
-// What a lane loads at once: one chunk of K for its weight rows g and g + 8, g = lane / 4.
+// Asynchronous copy of 8 or 16 bytes into shared memory; zeros where not `inside`. Many in flight cost no register.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, void const* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+               "l"(from), "n"(kBytes), "r"(inside ? kBytes : 0));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ __forceinline__ void await_copies() {  // orders them before this thread's reads alone
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// What a lane copies at once: one chunk of K for its weight rows g and g + 8, g = lane / 4.
 template <Format kFormat>
 struct Chunk {
   uint4 low, high;  // rows g and g + 8
   static constexpr int kColumns = kFormat == kPacked ? 128 : 64;
   static constexpr int kSteps = kFormat == kPacked ? 4 : 2;
-  __device__ void load(Product const& p, int n0, int chunk, int lane) {
+  __device__ void copy(Product const& p, int n0, int chunk, int lane) {
     int const bytes = kFormat == kPacked ? p.k / 2 : p.k;
-    int const at = chunk * 64 + (lane & 3) * 16;
-    low = high = make_uint4(0, 0, 0, 0);
-    if (at >= bytes) return;
+    int const at = chunk * 64 + (lane & 3) * 16, g = n0 + (lane >> 2);
+    bool const inside = at < bytes;
     auto const* rows = static_cast<uint8_t const*>(p.weight);
-    int const g = n0 + (lane >> 2);
-    if (g < p.n) low = __ldcs(reinterpret_cast<uint4 const*>(rows + int64_t(g) * bytes + at));
-    if (g + 8 < p.n) high = __ldcs(reinterpret_cast<uint4 const*>(rows + int64_t(g + 8) * bytes + at));
+    bool const first = inside && g < p.n, second = inside && g + 8 < p.n;
+    copy_async<16>(&low, rows + (first ? int64_t(g) * bytes + at : 0), first);
+    copy_async<16>(&high, rows + (second ? int64_t(g + 8) * bytes + at : 0), second);
   }
   // column of the first of the eight x that a lane needs in `step`; the second four follow
   static __device__ int column(int chunk, int step, int lane) {
@@ -51,9 +62,9 @@ struct Chunk<kReordered> {
   uint2 both;  // low nibbles: row g, high nibbles: row g + 8
   static constexpr int kColumns = 32;
   static constexpr int kSteps = 1;
-  __device__ void load(Product const& p, int n0, int chunk, int lane) {
-    auto const* blocks = static_cast<uint2 const*>(p.weight);
-    both = __ldcs(blocks + (int64_t(chunk) * (p.n / kRows) + n0 / kRows) * 32 + lane);
+  __device__ void copy(Product const& p, int n0, int chunk, int lane) {
+    int64_t const at = (int64_t(chunk) * (p.n / kRows) + n0 / kRows) * 32 + lane;
+    copy_async<8>(&both, static_cast<uint2 const*>(p.weight) + at, true);
   }
   static __device__ int column(int chunk, int, int lane) { return chunk * kColumns + (lane & 3) * 4; }
   static constexpr int kSecond = 16;
@@ -144,56 +155,73 @@ __device__ __forceinline__ void fragments16(Chunk<kBytes> const& c, int step, in
 __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// pairs (x0 x1) (x2 x3) (x4 x5) (x6 x7) -> the x fragment of tile `half`, in the column order of fragments16
-template <Format kFormat>
-__device__ __forceinline__ void x_fragment16(uint32_t const (&pairs)[4], int half, uint32_t& b0, uint32_t& b1) {
-  if constexpr (kFormat == kBytes) {
-    b0 = pairs[2 * half], b1 = pairs[2 * half + 1];
-  } else {
-    uint32_t const first = kFormat == kReordered ? pairs[2 * half] : pairs[half];
-    uint32_t const second = kFormat == kReordered ? pairs[2 * half + 1] : pairs[half + 2];
-    b0 = low_halves(first, second), b1 = high_halves(first, second);
-  }
-}
+// The x that one lane needs in one step: eight columns of one token, in the column order of the weight's fragments.
+template <class X>
+struct XFragment {  // 16-bit values, or the three terms of fp32: words of tile 0, then of tile 1
+  static constexpr int kTerms = std::is_same_v<X, float> ? 3 : 1;
+  uint4 words[kTerms];
 
-// eight int8 codes of one token -> the two words of the x fragment, in the column order of fragments
-template <Format kFormat>
-__device__ __forceinline__ void load_codes(int8_t const* x, uint32_t& b0, uint32_t& b1) {
-  if constexpr (kFormat == kReordered) {
-    b0 = __ldg(reinterpret_cast<uint32_t const*>(x)), b1 = __ldg(reinterpret_cast<uint32_t const*>(x + 16));
-  } else {
-    uint2 const v = __ldg(reinterpret_cast<uint2 const*>(x));
-    b0 = kFormat == kPacked ? __byte_perm(v.x, v.y, 0x6420) : v.x;
-    b1 = kFormat == kPacked ? __byte_perm(v.x, v.y, 0x7531) : v.y;
-  }
-}
-
-template <Format kFormat, class X>
-__device__ __forceinline__ void load_pairs(X const* x, uint32_t (&pairs)[4]) {
-  uint2 const first = __ldg(reinterpret_cast<uint2 const*>(x));
-  uint2 const second = __ldg(reinterpret_cast<uint2 const*>(x + Chunk<kFormat>::kSecond));
-  pairs[0] = first.x, pairs[1] = first.y, pairs[2] = second.x, pairs[3] = second.y;
-}
-
-// fp32 = high + middle + low in bf16, exactly; an infinite or NaN x has no lower terms
-template <Format kFormat>
-__device__ __forceinline__ void load_terms(float const* x, uint32_t (&terms)[3][4]) {
-  float4 const first = __ldg(reinterpret_cast<float4 const*>(x));
-  float4 const second = __ldg(reinterpret_cast<float4 const*>(x + Chunk<kFormat>::kSecond));
-  float rest[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+  template <Format kFormat>
+  __device__ void load(X const* x) {
+    uint32_t pairs[kTerms][4];  // (x0 x1) (x2 x3), then those of the second four columns
+    if constexpr (kTerms == 3) {
+      load_terms<kFormat>(x, pairs);
+    } else {
+      uint2 const first = *reinterpret_cast<uint2 const*>(x);
+      uint2 const second = *reinterpret_cast<uint2 const*>(x + Chunk<kFormat>::kSecond);
+      pairs[0][0] = first.x, pairs[0][1] = first.y, pairs[0][2] = second.x, pairs[0][3] = second.y;
+    }
 #pragma unroll
-  for (int term = 0; term < 3; ++term) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      __nv_bfloat162 const pair =
-          term == 0 ? __nv_bfloat162(__float2bfloat16_rz(rest[2 * i]), __float2bfloat16_rz(rest[2 * i + 1]))
-                    : __floats2bfloat162_rn(rest[2 * i], rest[2 * i + 1]);
-      terms[term][i] = bits(pair);
-      rest[2 * i] = isfinite(rest[2 * i]) ? rest[2 * i] - __low2float(pair) : 0.f;
-      rest[2 * i + 1] = isfinite(rest[2 * i + 1]) ? rest[2 * i + 1] - __high2float(pair) : 0.f;
+    for (int term = 0; term < kTerms; ++term) {
+      uint32_t const(&v)[4] = pairs[term];
+      if constexpr (kFormat == kBytes) {
+        words[term] = make_uint4(v[0], v[1], v[2], v[3]);
+      } else {  // nibbles i and i + 4 of a word are neighbours
+        constexpr bool kPaired = kFormat == kReordered;
+        uint32_t const a = v[0], b = kPaired ? v[1] : v[2], c = kPaired ? v[2] : v[1], d = v[3];
+        words[term] = make_uint4(low_halves(a, b), high_halves(a, b), low_halves(c, d), high_halves(c, d));
+      }
     }
   }
-}
+
+ private:
+  // fp32 = high + middle + low in bf16, exactly; an infinite or NaN x has no lower terms
+  template <Format kFormat>
+  static __device__ void load_terms(float const* x, uint32_t (&terms)[kTerms][4]) {
+    float4 const first = *reinterpret_cast<float4 const*>(x);
+    float4 const second = *reinterpret_cast<float4 const*>(x + Chunk<kFormat>::kSecond);
+    float rest[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        __nv_bfloat162 const pair =
+            term == 0 ? __nv_bfloat162(__float2bfloat16_rz(rest[2 * i]), __float2bfloat16_rz(rest[2 * i + 1]))
+                      : __floats2bfloat162_rn(rest[2 * i], rest[2 * i + 1]);
+        terms[term][i] = bits(pair);
+        rest[2 * i] = isfinite(rest[2 * i]) ? rest[2 * i] - __low2float(pair) : 0.f;
+        rest[2 * i + 1] = isfinite(rest[2 * i + 1]) ? rest[2 * i + 1] - __high2float(pair) : 0.f;
+      }
+    }
+  }
+};
+
+template <>
+struct XFragment<int8_t> {
+  uint2 words;
+
+  template <Format kFormat>
+  __device__ void load(int8_t const* x) {
+    if constexpr (kFormat == kReordered) {
+      words.x = *reinterpret_cast<uint32_t const*>(x), words.y = *reinterpret_cast<uint32_t const*>(x + 16);
+    } else {
+      words = *reinterpret_cast<uint2 const*>(x);
+      if (kFormat == kPacked) {
+        words = make_uint2(__byte_perm(words.x, words.y, 0x6420), __byte_perm(words.x, words.y, 0x7531));
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace convrot

@@ -43,7 +43,8 @@ struct Problem {
   float* row_scale;
   int k, group;
   bool packed, clamp;
-  float qmax, clip;
+  float qmax, inverse_qmax, clip;  // an inverse is rounded to nearest
+  float inverse_k;
 };
 
 __device__ __forceinline__ float max_abs(float best, float v) {  // NaN wins
@@ -58,6 +59,14 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+// LayerNorm: x -> x * scale + offset
+struct Moments {
+  float scale, offset;
+};
+
+template <class In, int kPrologue, bool kPrecise, int kMode>
+__device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[4][32], int runs, Moments m);
+
 template <class In, int kPrologue, bool kPrecise, int kMode>
 struct Row {
   using Values = Four<In>[kPanels][2];
@@ -67,6 +76,7 @@ struct Row {
   float (&shared)[4][32];  // one line a reduction: a line is written again only after another one's barrier
   int const lane, warp, warps;
   int64_t const row;
+  uint4 const factors;
 
   __device__ int column(int run, int panel, int half) const {
     return run * kRun + panel * 256 + half * 128 + (lane >> 2) * 16 + (lane & 3) * 4;
@@ -115,32 +125,72 @@ struct Row {
                [&](int panel, int half, int at) { raw[panel][half] = load_four<In>((appended(at) ? y : x) + at); });
   }
 
-  // LayerNorm: x -> (x * damp - mean) * inverse
-  struct Moments {
-    float damp, mean, inverse;
-  };
   template <class Visit>  // visit(f): f(value) for every piece of this warp
   __device__ Moments moments(Visit visit) const {
     float variance;
-    Moments m = measure(visit, 1.f, variance);
-    if (!isfinite(variance)) m = measure(visit, kTiny, variance);
+    Moments m = measure<false>(visit, variance);
+    if (!isfinite(variance)) m = measure<true>(visit, variance);
     return m;
   }
-  template <class Visit>
-  __device__ Moments measure(Visit visit, float damp, float& variance) const {
+  template <bool kDamped, class Visit>
+  __device__ Moments measure(Visit visit, float& variance) const {
+    constexpr float damp = kDamped ? kTiny : 1.f;
     float sum = 0.f, squares = 0.f;
-    visit([&](float4 v) { sum += (v.x * damp + v.y * damp) + (v.z * damp + v.w * damp); });
-    float const mean = __fdiv_rn(block_sum(sum, 0), float(p.k));
     visit([&](float4 v) {
-      v = each(v, [&](float e) { return e * damp - mean; });
+      if constexpr (kDamped) v = each(v, [&](float e) { return e * damp; });
+      sum += (v.x + v.y) + (v.z + v.w);
+    });
+    float const mean = block_sum(sum, 0) * p.inverse_k;
+    visit([&](float4 v) {
+      v = each(v, [&](float e) { return kDamped ? fmaf(e, damp, -mean) : e - mean; });
       squares = fmaf(v.x, v.x, squares), squares = fmaf(v.y, v.y, squares);
       squares = fmaf(v.z, v.z, squares), squares = fmaf(v.w, v.w, squares);
     });
-    variance = __fdiv_rn(block_sum(squares, 1), float(p.k));
-    return {damp, mean, rsqrtf(variance + p.eps * damp)};
+    variance = block_sum(squares, 1) * p.inverse_k;
+    float const inverse = rsqrtf(variance + p.eps * damp);
+    return {damp * inverse, -mean * inverse};
   }
   __device__ Moments moments_of(Values const& raw, int run) const {
-    return moments([&](auto f) { each_piece(run, [&](int panel, int half, int) { f(widen<In>(raw[panel][half])); }); });
+    auto const visit = [&](auto f) {
+      each_piece(run, [&](int panel, int half, int) { f(widen<In>(raw[panel][half])); });
+    };
+    if constexpr (kMode == kFull) {
+      float variance;
+      Moments const m = measure_full(visit, variance);
+      return isfinite(variance) ? m : measure<true>(visit, variance);
+    } else {
+      return moments(visit);
+    }
+  }
+  // Every lane holds as many values as the next: their own means and squares first, then the means of the lanes, of the
+  // warps. One barrier for what takes `measure` two, and as good as two passes over the row.
+  template <class Visit>
+  __device__ Moments measure_full(Visit visit, float& variance) const {
+    constexpr int kValues = kPanels * 8;
+    float sum = 0.f, squares = 0.f;
+    visit([&](float4 v) { sum += (v.x + v.y) + (v.z + v.w); });
+    float mean = sum * (1.f / kValues);
+    visit([&](float4 v) {
+      v = each(v, [&](float e) { return e - mean; });
+      squares = fmaf(v.x, v.x, squares), squares = fmaf(v.y, v.y, squares);
+      squares = fmaf(v.z, v.z, squares), squares = fmaf(v.w, v.w, squares);
+    });
+    float const warp_mean = warp_sum(mean) * (1.f / 32);
+    mean -= warp_mean;
+    squares = warp_sum(fmaf(mean * float(kValues), mean, squares));
+    mean = warp_mean;
+    if (warps > 1) {
+      if (lane == 0) shared[0][warp] = mean, shared[1][warp] = squares;
+      __syncthreads();
+      bool const mine = lane < warps;
+      float const block_mean = warp_sum(mine ? shared[0][lane] : 0.f) * (p.inverse_k * kRun);  // of `warps` means
+      float const off = mine ? shared[0][lane] - block_mean : 0.f;
+      squares = warp_sum(fmaf(off * float(32 * kValues), off, mine ? shared[1][lane] : 0.f));
+      mean = block_mean;
+    }
+    variance = squares * p.inverse_k;
+    float const inverse = rsqrtf(variance + p.eps);
+    return {inverse, -mean * inverse};
   }
   __device__ Moments moments_of_row(int runs) const {
     return moments([&](auto f) {
@@ -172,21 +222,30 @@ struct Row {
     if constexpr (kPrologue == kSiluMul) {
       auto const* y = static_cast<In const*>(p.y) + row * p.y_stride;
       each_piece(run, [&](int panel, int half, int at) {
-        float4 const gate = each(widen<In>(raw[panel][half]), [](float v) { return times_sigmoid<kPrecise>(v, v); });
+        float4 const gate = each(widen<In>(raw[panel][half]), silu<kPrecise>);
         float4 const v = widen<In>(load_four<In>(y + at));
         raw[panel][half] = narrow<In>(make_float4(gate.x * v.x, gate.y * v.y, gate.z * v.z, gate.w * v.w));
       });
     }
     if constexpr (kPrologue == kModulate) {
-      int64_t const vector = row / p.rows_per_vector * p.vector_stride;
-      each_piece(run, [&](int panel, int half, int at) {
-        float4 const gain = vector_four(p.scale, p.scale_dtype, vector + at),
-                     offset = vector_four(p.shift, p.shift_dtype, vector + at);
-        float4 const v = each(widen<In>(raw[panel][half]), [&](float e) { return (e * m.damp - m.mean) * m.inverse; });
-        raw[panel][half] = narrow<In>(make_float4(v.x * (1.f + gain.x) + offset.x, v.y * (1.f + gain.y) + offset.y,
-                                                  v.z * (1.f + gain.z) + offset.z, v.w * (1.f + gain.w) + offset.w));
-      });
+      // asked once a run, not once a value; the streamed mode is bound by other things
+      bool const same = p.scale_dtype == dtype_of<In> && p.shift_dtype == dtype_of<In>;
+      if (kMode != kStream && same) modulate<true>(run, raw, m);
+      else modulate<false>(run, raw, m);
     }
+  }
+  template <bool kSameDtype>
+  __device__ void modulate(int run, Values& raw, Moments const& m) const {
+    int64_t const vector = p.vector_stride ? int(row) / p.rows_per_vector * p.vector_stride : 0;
+    each_piece(run, [&](int panel, int half, int at) {
+      int const gain_dtype = kSameDtype ? dtype_of<In> : p.scale_dtype, shift_dtype = kSameDtype ? dtype_of<In> : p.shift_dtype;
+      float4 const gain = vector_four(p.scale, gain_dtype, vector + at);
+      float4 const offset = vector_four(p.shift, shift_dtype, vector + at);
+      float4 const v = each(widen<In>(raw[panel][half]), [&](float e) { return fmaf(e, m.scale, m.offset); });
+      raw[panel][half] =
+          narrow<In>(make_float4(fmaf(v.x, 1.f + gain.x, offset.x), fmaf(v.y, 1.f + gain.y, offset.y),
+                                 fmaf(v.z, 1.f + gain.z, offset.z), fmaf(v.w, 1.f + gain.w, offset.w)));
+    });
   }
 
   // c (columns of X H16, row of X) += H16 . X^T for half a panel
@@ -197,13 +256,11 @@ struct Row {
 
   // raw -> y: per panel, columns 4t .. 4t + 3 of row g, then of row g + 8; -> the largest magnitude
   __device__ float rotate(Values const& raw, float (&y)[kPanels][8], float damp) const {
-    int const g = lane >> 2, t = lane & 3, pg = permuted(g), pt = permuted(2 * t);
-    uint32_t quarter = kHalf ? 0x3400u : 0x3E80u;
-    if (!kFp32 && !kHalf && damp != 1.f) quarter = 0x3680u;  // 2^-18: the damping of bf16 sits in the factor
-    uint32_t const a0 = quarter * 0x10001u | sign16(pg ^ pt) | sign16(pg ^ (pt + 1)) << 16;
-    uint32_t const a1 = quarter * 0x10001u | sign16(pg ^ 2 ^ pt) | sign16(pg ^ 2 ^ (pt + 1)) << 16;
-    uint32_t const r0 = left_entry(g ^ (2 * t), p.group) | left_entry(g ^ (2 * t + 1), p.group) << 16;
-    uint32_t const r1 = left_entry(g ^ 8 ^ (2 * t), p.group) | left_entry(g ^ 8 ^ (2 * t + 1), p.group) << 16;
+    uint32_t a0 = factors.x, a1 = factors.y;
+    uint32_t const r0 = factors.z, r1 = factors.w;
+    if (!kFp32 && !kHalf && damp != 1.f) {  // the damping of bf16 sits in the factor: 2^-18 for 2^-2
+      a0 = (a0 & 0x80008000u) | 0x36803680u, a1 = (a1 & 0x80008000u) | 0x36803680u;
+    }
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
       float c0[4] = {}, c1[4] = {};
@@ -235,39 +292,60 @@ struct Row {
     float size, inverse;
     uint32_t keep;  // 0 for a row of zero codes
   };
+  template <bool kClamp>
   __device__ uint32_t code(float v, Step const& step) const {
     if constexpr (kFp32) {
       v = __fdiv_rn(v, step.size);
-      if (p.clamp) v = fminf(fmaxf(v, -p.qmax), p.qmax);
+      if (kClamp) v = fminf(fmaxf(v, -p.qmax), p.qmax);
       return __float_as_uint(v + kRoundHalfEven);
     } else {
-      if (p.clamp) return __float_as_uint(fminf(fmaxf(v * step.inverse, -p.qmax), p.qmax) + kRoundHalfEven);
-      return __float_as_uint(fmaf(v, step.inverse, kRoundHalfEven));
+      if constexpr (!kPrecise) {
+        if (!kClamp) return __float_as_uint(fmaf(v, step.inverse, kRoundHalfEven));
+        return __float_as_uint(fminf(fmaxf(v * step.inverse, -p.qmax), p.qmax) + kRoundHalfEven);
+      }
+      // fine codes and small groups of 16-bit values meet ties, which a reciprocal alone misses: v / size (Markstein)
+      float quotient = v * step.inverse;
+      quotient = fmaf(fmaf(-quotient, step.size, v), step.inverse, quotient);
+      if (kClamp) quotient = fminf(fmaxf(quotient, -p.qmax), p.qmax);
+      return __float_as_uint(quotient + kRoundHalfEven);
     }
   }
+  template <bool kClamp, bool kPacked>
   __device__ void store(int run, float const (&y)[kPanels][8], Step const& step) const {
+    int64_t const first = row * p.k;
     each_piece(run, [&](int panel, int half, int at) {
       float const* v = y[panel] + 4 * half;
-      uint32_t four = __byte_perm(__byte_perm(code(v[0], step), code(v[1], step), 0x0040),
-                                  __byte_perm(code(v[2], step), code(v[3], step), 0x0040), 0x5410) &
-                      step.keep;
-      int64_t const index = row * p.k + at;
-      if (p.packed) {
+      uint32_t four =
+          __byte_perm(__byte_perm(code<kClamp>(v[0], step), code<kClamp>(v[1], step), 0x0040),
+                      __byte_perm(code<kClamp>(v[2], step), code<kClamp>(v[3], step), 0x0040), 0x5410) &
+          step.keep;
+      if (kPacked) {
         four &= 0x0F0F0F0Fu, four |= four >> 4;
-        static_cast<uint16_t*>(p.codes)[index / 4] = uint16_t(__byte_perm(four, 0, 0x4420));
+        *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.codes) + (first + at) / 2) =
+            uint16_t(__byte_perm(four, 0, 0x4420));
       } else {
-        static_cast<uint32_t*>(p.codes)[index / 4] = four;
+        *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.codes) + first + at) = four;
       }
     });
+  }
+  // asked once a run, not once a value
+  __device__ void store(int run, float const (&y)[kPanels][8], Step const& step) const {
+    if (p.clamp) p.packed ? store<true, true>(run, y, step) : store<true, false>(run, y, step);
+    else p.packed ? store<false, true>(run, y, step) : store<false, false>(run, y, step);
   }
 
   // rounds the row's maximum to its scale, and writes that
   __device__ Step step_of(float reach, float damp) const {
     float const exact = reach * (1.f / damp);  // inf where the row leaves fp32
     bool const finite = isfinite(exact);
-    float const scale = fmaxf(__fdiv_rn(exact * p.clip, p.qmax), 1e-10f);
+    // reach * clip / qmax as IEEE rounds it (Markstein): a division takes four times as long
+    float const clipped = exact * p.clip, near = clipped * p.inverse_qmax;
+    float const scale = fmaxf(fmaf(fmaf(-near, p.qmax, clipped), p.inverse_qmax, near), 1e-10f);
     if (threadIdx.x == 0) p.row_scale[row] = finite ? scale : __int_as_float(0x7FC00000);
-    return {scale * damp, __frcp_rn(scale * damp), finite ? ~0u : 0u};
+    float inverse;
+    if constexpr (kPrecise) inverse = __frcp_rn(scale * damp);
+    else asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(scale * damp));
+    return {scale * damp, inverse, finite ? ~0u : 0u};
   }
 
   // the two halves of a row that does not stay in registers
@@ -293,18 +371,12 @@ struct Row {
       store(run, y, step);
     }
   }
-  // a row with inf or NaN, or one whose sums left fp32 on the way: rare, so out of line
-  __device__ __noinline__ void repeat_damped(int runs, Moments m) const {
-    Step const step = step_of(reach_of_row(runs, m, kDamp, 3), kDamp);
-    write_row(runs, m, kDamp, step);
-  }
-
   __device__ void run_all(int runs) const {
-    Moments m{1.f, 0.f, 0.f};
+    Moments m{};
     if constexpr (kMode == kStream) {
       if constexpr (kPrologue == kModulate) m = moments_of_row(runs);
       float const reach = reach_of_row(runs, m, 1.f, 2);
-      if (!isfinite(reach)) return repeat_damped(runs, m);
+      if (!isfinite(reach)) return repeat_damped<In, kPrologue, kPrecise, kMode>(p, shared, runs, m);
       write_row(runs, m, 1.f, step_of(reach, 1.f));
     } else {
       Values raw;
@@ -313,19 +385,39 @@ struct Row {
       if constexpr (kPrologue == kModulate) m = moments_of(raw, warp);
       prologue(warp, raw, m);
       float const reach = block_max(rotate(raw, y, 1.f), 2);
-      if (!isfinite(reach)) return repeat_damped(runs, m);
-      store(warp, y, step_of(reach, 1.f));
+      if (!isfinite(reach)) return repeat_damped<In, kPrologue, kPrecise, kMode>(p, shared, runs, m);
+      Step step = step_of(reach, 1.f);
+      step.keep = ~0u;  // known here: one instruction less for four codes
+      store(warp, y, step);
     }
   }
 };
 
 template <class In, int kPrologue, bool kPrecise, int kMode>
-__global__ void __launch_bounds__(kMaxWarps * 32, (sizeof(In) == 4 || kMode == kStream) ? 1 : 2)
+__device__ Row<In, kPrologue, kPrecise, kMode> row_of_block(Problem const& p, float (&shared)[4][32]) {
+  int const lane = threadIdx.x & 31;
+  uint4 const factors = fragments_of<std::is_same_v<In, __half>>(p.group, lane);
+  return {p, shared, lane, int(threadIdx.x >> 5), int(blockDim.x >> 5), int64_t(blockIdx.x), factors};
+}
+
+// a row with inf or NaN, or one whose sums left fp32 on the way: rare, so out of line and with nothing kept from before
+template <class In, int kPrologue, bool kPrecise, int kMode>
+__device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[4][32], int runs, Moments m) {
+  auto const row = row_of_block<In, kPrologue, kPrecise, kMode>(p, shared);
+  row.write_row(runs, m, kDamp, row.step_of(row.reach_of_row(runs, m, kDamp, 3), kDamp));
+}
+
+// two blocks of kMaxWarps an SM, three of 12 warps (K = 12288) where 56 registers are enough; fp32 and streams need more
+template <class In, int kPrologue, bool kPrecise, int kMode>
+constexpr int registers = (sizeof(In) == 4 || kMode == kStream)                       ? 128
+                          : (kMode == kFull && kPrologue < kModulate && !kPrecise) ? 56
+                                                                                      : 64;
+
+template <class In, int kPrologue, bool kPrecise, int kMode>
+__global__ void __maxnreg__((registers<In, kPrologue, kPrecise, kMode>))
     rotate_quantize(__grid_constant__ Problem const p, int runs) {
   __shared__ float shared[4][32];
-  Row<In, kPrologue, kPrecise, kMode> const row{
-      p, shared, int(threadIdx.x & 31), int(threadIdx.x >> 5), int(blockDim.x >> 5), int64_t(blockIdx.x)};
-  row.run_all(runs);
+  row_of_block<In, kPrologue, kPrecise, kMode>(p, shared).run_all(runs);
 }
 
 template <class In, int kPrologue, bool kPrecise>
@@ -386,7 +478,9 @@ CONVROT_EXPORT int CONVROT_JOIN(convrot_rotate_quantize_,
                   packed != 0,
                   clip < 1.f,
                   bits == 4 ? 7.f : 127.f,
-                  clip};
+                  bits == 4 ? 1.f / 7.f : 1.f / 127.f,
+                  clip,
+                  1.f / float(k)};
   bool const precise = bits == 8 || group < 256;
   auto const at = static_cast<cudaStream_t>(stream);
   switch (prologue) {

@@ -21,6 +21,9 @@ template <class In>
 using Four = typename Raw<In>::type;
 
 template <class In>
+constexpr int dtype_of = std::is_same_v<In, float> ? kFloat32 : std::is_same_v<In, __half> ? kFloat16 : kBFloat16;
+
+template <class In>
 __device__ __forceinline__ Four<In> load_four(In const* at) {
   if constexpr (sizeof(In) == 4) {
     return __ldg(reinterpret_cast<float4 const*>(at));
@@ -71,34 +74,67 @@ __device__ __forceinline__ float4 each(float4 v, Function f) {
   return make_float4(f(v.x), f(v.y), f(v.z), f(v.w));
 }
 
-// 1 / (1 + exp(-z)); the fast form is off by some 1e-7, which only 16-bit inputs and 4-bit codes hide
+constexpr float kLog2E = 1.4426950408889634f;
+
+// x / (1 + 2^z); off by some 1e-7, which only 16-bit inputs and 4-bit codes hide
+__device__ __forceinline__ float over_one_plus_exp2(float x, float z) {
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + e));
+  return x * r;
+}
 template <bool kPrecise>
-__device__ __forceinline__ float times_sigmoid(float x, float z) {
-  if constexpr (kPrecise) {
-    return __fdiv_rn(x, 1.f + expf(-z));
-  } else {
-    float e, r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z * -1.4426950408889634f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + e));
-    return x * r;
-  }
+__device__ __forceinline__ float silu(float x) {
+  if constexpr (kPrecise) return __fdiv_rn(x, 1.f + expf(-x));
+  else return over_one_plus_exp2(x, x * -kLog2E);
 }
 // tanh gelu: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
 template <bool kPrecise>
 __device__ __forceinline__ float gelu(float x) {
-  return times_sigmoid<kPrecise>(x, x * fmaf(x * x, 0.0713548162726f, 1.5957691216057308f));
+  constexpr float kLinear = 1.5957691216057308f, kCubic = 0.0713548162726f;
+  if constexpr (kPrecise) return __fdiv_rn(x, 1.f + expf(-x * fmaf(x * x, kCubic, kLinear)));
+  else return over_one_plus_exp2(x, x * fmaf(x * x, -kLog2E * kCubic, -kLog2E * kLinear));
 }
 
 // H16[r][c] = -1/4 where exactly one of the two base-4 digits of r ^ c is 3: the sign bit of a 16-bit float
-__device__ __forceinline__ uint32_t sign16(int x) { return (((x & (x >> 1)) ^ ((x >> 2) & (x >> 3))) & 1) << 15; }
+constexpr uint32_t sign16(int x) { return (((x & (x >> 1)) ^ ((x >> 2) & (x >> 3))) & 1) << 15; }
 // entry of L at row ^ column = x, in bf16
-__device__ __forceinline__ uint32_t left_entry(int x, int group) {
+constexpr uint32_t left_entry(int x, int group) {
   if (group >= 256) return 0x3E80u | sign16(x);                       // +-1/4
   if (group == 64) return x < 4 ? (x == 3 ? 0xBF00u : 0x3F00u) : 0u;  // +-1/2 in the blocks of the diagonal
   return x == 0 ? 0x3F80u : 0u;
 }
 // index of a fragment -> column of X: a lane t holds columns 4t .. 4t + 3
-__device__ __forceinline__ int permuted(int m) { return ((m & 7) >> 1) * 4 + (m & 1) + ((m >> 3) << 1); }
+constexpr int permuted(int m) { return ((m & 7) >> 1) * 4 + (m & 1) + ((m >> 3) << 1); }
+
+// The fragments of both factors, a lane's own four words: the two that the first repeats, the two that the second does.
+struct Fragments {
+  uint4 lanes[32];
+};
+template <bool kHalf, int kGroup>
+constexpr Fragments make_fragments() {
+  Fragments table{};
+  for (int lane = 0; lane < 32; ++lane) {
+    int const g = lane >> 2, t = lane & 3, pg = permuted(g), pt = permuted(2 * t);
+    uint32_t const quarters = (kHalf ? 0x3400u : 0x3E80u) * 0x10001u;
+    table.lanes[lane].x = quarters | sign16(pg ^ pt) | sign16(pg ^ (pt + 1)) << 16;
+    table.lanes[lane].y = quarters | sign16(pg ^ 2 ^ pt) | sign16(pg ^ 2 ^ (pt + 1)) << 16;
+    table.lanes[lane].z = left_entry(g ^ (2 * t), kGroup) | left_entry(g ^ (2 * t + 1), kGroup) << 16;
+    table.lanes[lane].w = left_entry(g ^ 8 ^ (2 * t), kGroup) | left_entry(g ^ 8 ^ (2 * t + 1), kGroup) << 16;
+  }
+  return table;
+}
+// a load where computing them took a tenth of the kernel's instructions
+template <bool kHalf, int kGroup>
+static __device__ constexpr Fragments kFragments = make_fragments<kHalf, kGroup>();
+
+template <bool kHalf>
+__device__ __forceinline__ uint4 fragments_of(int group, int lane) {
+  Fragments const& table = group >= 256  ? kFragments<kHalf, 256>
+                           : group == 64 ? kFragments<kHalf, 64>
+                                         : kFragments<kHalf, 16>;
+  return __ldg(table.lanes + lane);
+}
 
 template <bool kHalf>
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {

@@ -1,0 +1,73 @@
+"""Every GPU kernel once or twice on small odd shapes, for a memory checker:
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitized.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/kernels/sanitized.py
+
+Results are compared with reference too. Not a pytest module: the checker slows everything but this a hundred times.
+"""
+
+import argparse
+import itertools
+
+import torch
+
+import convrot_kernels as ck
+from convrot_kernels import reference
+from convrot_kernels.testing import assert_codes_close, assert_equal, make_codes, make_inputs, make_scale
+
+DEVICE = torch.device("cuda")
+
+
+def products() -> None:
+    """GEMM tiles and their edges, the GEMV in its three weight formats, every epilogue."""
+    layout = ck.preferred_layout(DEVICE)
+    for (m, n, k), out_dtype in itertools.product(
+        [(1, 48, 96), (7, 80, 160), (40, 272, 512), (129, 144, 320), (300, 96, 64)], (torch.bfloat16, torch.float32)
+    ):
+        a, b = make_codes(m, k, device=DEVICE), make_codes(n, k, device=DEVICE, seed=1)
+        a_scale, b_scale, bias = make_scale(m, device=DEVICE), make_scale(n, device=DEVICE, seed=1), torch.randn(n).cuda()
+        packed = ck.pack_int4(b)
+        for weight, order in ((ck.prepare_weight(packed, layout), layout), (packed, "row_major"), (b, "row_major")):
+            expected = reference.scaled_mm(a, weight, a_scale, b_scale, bias, out_dtype, b_layout=order)
+            assert_equal(ck.scaled_mm(a, weight, a_scale, b_scale, bias, out_dtype, b_layout=order), expected)
+            values = make_inputs(m, k, device=DEVICE)
+            ck.scaled_mm(values, weight, None, b_scale, bias, b_layout=order)
+            whole = torch.full((m + 2, n + 24), 7.0, dtype=out_dtype, device=DEVICE)
+            ck.scaled_mm_out(whole[1:-1, 8 : 8 + n], a, weight, a_scale, b_scale, bias, b_layout=order)
+            assert_equal(whole[1:-1, 8 : 8 + n], expected)
+        gate, residual = torch.randn(n).cuda(), torch.randn(m, n).cuda().to(out_dtype)
+        arguments = (a, ck.prepare_weight(packed, layout), a_scale, b_scale, bias, gate, residual)
+        expected = reference.scaled_mm_gate_residual(*arguments, b_layout=layout)
+        assert_equal(ck.scaled_mm_gate_residual(*arguments, b_layout=layout), expected)
+
+
+def rotations() -> None:
+    """Every mode of rotate_quantize (whole runs, guarded, streamed), prologue, input and form of codes; broken rows."""
+    for dtype, (group, k) in itertools.product(
+        (torch.bfloat16, torch.float32), [(256, 1024), (256, 768), (16, 48), (1024, 3072), (256, 16640)]
+    ):
+        x, y = make_inputs(3, k, dtype=dtype, device=DEVICE), make_inputs(3, k, dtype=dtype, device=DEVICE, seed=1)
+        x[1, 5] = float("nan")
+        for bits, packed in ((4, False), (4, True), (8, False)):
+            options = (group, bits)
+            expected = reference.rotate_quantize(x, *options, packed=packed)
+            assert_codes_close(ck.rotate_quantize(x, *options, packed=packed), expected)
+            ck.rotate_quantize_gelu(x, *options, packed=packed)
+            ck.rotate_quantize_silu_mul(x, y, *options, packed=packed)
+            ck.rotate_quantize_cat_gelu(x, y, *options, packed=packed)
+            ck.rotate_quantize_modulate(x, y[0], y[2], 1e-6, *options, packed=packed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="cutlass", choices=["cutlass", "triton"])
+    options = parser.parse_args()
+    with torch.no_grad(), ck.use_backend(options.backend):
+        products()
+        rotations()
+        torch.cuda.synchronize()
+    print(f"{options.backend}: every kernel ran and agreed")
+
+
+if __name__ == "__main__":
+    main()

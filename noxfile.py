@@ -3,12 +3,18 @@
 nox                  lint, types and tests: what has to pass before a commit, and what CI runs
 nox -s generate      BF16 and 4-bit images of the shipped mini-flux, side by side
 nox -s tests_full    everything, slow tests included; leaves its result in docs/results
+nox -s kernels       the compiled kernels in a wheel, no GPU needed; leaves its times and sizes in docs/results
 """
 
+import argparse
 import json
 import os
+import re
+import shutil
 import sys
+import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import nox
@@ -23,6 +29,15 @@ nox.options.reuse_venv = "yes"
 
 PACKAGES = ("packages/convrot-kernels", "packages/convrot-quant", "apps/mini-flux", "apps/bench")
 FORMATTED = ("packages", "apps", "tests", "noxfile.py")
+SHIPPED_ARCHS = ("sm_80", "sm_90a")  # 8.0 to 8.9 and 9.0: together at most 12 GEMMs to compile
+SHIPPED_LOADS = """
+import sys
+from convrot_kernels.backends.cutlass import build, library
+for arch in sys.argv[1:]:
+    path, why = build.find(arch)
+    assert path is not None and path.parent == build.SHIPPED, f"{arch}: {path or why}"
+    library.Library(path, arch)
+"""
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -74,6 +89,50 @@ def tests_full(session: nox.Session) -> None:
     Path("docs/results/tests_full.json").write_text(json.dumps(result, indent=2) + "\n")
     if counts["failures"] or counts["errors"]:
         session.error(f"{counts['failures'] + counts['errors']} of {counts['tests']} tests failed")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The compiled kernels in a wheel in dist/, without a GPU. `nox -s kernels -- --arch sm_90a --jobs 2`"""
+    parser = argparse.ArgumentParser(prog="nox -s kernels --")
+    parser.add_argument("--arch", action="append", help=f"may be repeated; by default {' and '.join(SHIPPED_ARCHS)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    options = parser.parse_args(session.posargs)
+    archs, scratch = options.arch or list(SHIPPED_ARCHS), Path(session.create_tmp()).resolve() / "kernels"
+    session.install("torch==2.13.0", "-c", "constraints.txt", silent=False)
+    session.install("-e", "packages/convrot-kernels[build]", "-c", "constraints.txt", silent=False)
+    nvcc = next(Path(session.virtualenv.location).resolve().glob("lib/python*/site-packages/nvidia/cu*/bin/nvcc"))
+    shutil.rmtree(scratch, ignore_errors=True)  # the figure is a whole build's
+    build = ("python", "-m", "convrot_kernels", "build", "--jobs", str(options.jobs), "--output", str(scratch / "lib"))
+    environment = {"CUDA_HOME": str(nvcc.parents[1]), "CONVROT_CACHE": str(scratch / "cache")}
+    started = time.monotonic()
+    session.run(*build, *[part for arch in archs for part in ("--arch", arch)], env=environment)
+    result: dict[str, Any] = {"seconds": round(time.monotonic() - started), "jobs": options.jobs}
+    pack = ("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(scratch), "packages/convrot-kernels")
+    session.run(*pack, env={"CONVROT_LIBRARIES": str(scratch / "lib")})
+    wheel = next(scratch.glob("*.whl"))
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.run("python", "-c", SHIPPED_LOADS, *archs, env={"CONVROT_CACHE": str(scratch / "none")})
+    Path("dist").mkdir(exist_ok=True)
+    shutil.copy(wheel, "dist")
+    version = re.search(r"V([\d.]+)", str(session.run(str(nvcc), "--version", external=True, silent=True)))
+    result |= {"cores": os.cpu_count(), "nvcc": version and version[1], "wheel": wheel.name}
+    _record_kernels(session, result | {"wheel_bytes": wheel.stat().st_size}, archs, scratch / "lib")
+
+
+def _record_kernels(session: nox.Session, result: dict[str, Any], archs: list[str], folder: Path) -> None:
+    """Writes docs/results/kernels_build.json: what was measured, with each library's size and each unit's seconds."""
+    describe = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    commit = session.run(*describe, external=True, silent=True)
+    manifests = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    result = {"date": time.strftime("%Y-%m-%d"), "commit": str(commit).strip(), "archs": archs} | result
+    result["cutlass"] = next(found["cutlass"] for found in manifests if "cutlass" in found)
+    result["library_bytes"] = {file.name: file.stat().st_size for file in sorted(folder.glob("*.so"))}
+    result["unit_seconds"] = {found["arch"]: found["units"] for found in manifests if "units" in found}
+    Path("docs/results/kernels_build.json").write_text(json.dumps(result, indent=2) + "\n")
+    megabytes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in result["library_bytes"].items())
+    session.log(f"compiled in {result['seconds']} s with {result['jobs']} jobs on {result['cores']} cores: {megabytes}")
+    session.log(f"dist/{result['wheel']}: {result['wheel_bytes'] / 1e6:.1f} MB")
 
 
 @nox.session

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,29 @@ def test_missing_pieces_are_named(toolkit: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "_package_folder", lambda name: None)
     with pytest.raises(BuildError, match="CUTLASS headers are missing"):
         build.build(ARCH, report=_quiet)
+
+
+def test_the_manifest_tells_the_seconds_of_every_unit(toolkit: Path) -> None:
+    library = build.build(ARCH, report=_quiet)
+    seconds = json.loads(library.with_suffix(".json").read_text())["units"]
+    assert set(seconds) == {unit.name for unit in units(ARCH)}
+    assert all(value >= 0 for value in seconds.values())
+
+
+def test_the_emulated_library_is_compiled_for_9_0_and_found_by_nobody(toolkit: Path, tmp_path: Path) -> None:
+    spec = spec_from_file_location("emulated", Path(__file__).with_name("emulated.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    emulated = module_from_spec(spec)
+    spec.loader.exec_module(emulated)
+    made = emulated.build_emulated(tmp_path / "emulated", 2)
+    assert made.name == f"convrot-{ARCH}-{source_key(ARCH)}.so"
+    calls = _calls(toolkit)
+    assert len(calls) == len(units(ARCH)) + 1
+    assert all("compute_90,code=sm_90" in call and "sm_80 " not in f"{call} " for call in calls[:-1])
+    assert find(ARCH)[0] is None
+    build.build(ARCH, report=_quiet)
+    assert len(_calls(toolkit)) == 2 * len(calls)  # no object is shared
 
 
 def test_an_unknown_arch_is_refused_before_anything_runs(toolkit: Path) -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from convrot_kernels.backends.cutlass.variants import ARCHS, GEMV_ROWS, MAX_K, VARIANTS, arch_of, of_arch, pick
@@ -15,6 +17,14 @@ def test_no_arch_from_9_0_on_gets_the_emulated_s4_product() -> None:
     for variant in VARIANTS:
         if "s4" in (variant.activation, variant.weight) and variant.template == "sm80":
             assert variant.archs == ("sm_80",)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "sm_80"])
+def test_pick_never_takes_packed_activations_from_9_0_on(arch: str) -> None:
+    for m, (n, k), weight, out in itertools.product((9, 64, 65, 4608), FLUX, ("s4", "s8"), ("bf16", "fp16", "fp32")):
+        assert pick(m, n, k, arch, weight, "s4", out) is None
+        found = pick(m, n, k, arch, weight, "s8", out)
+        assert found is None or found.activation == "s8"
 
 
 def test_every_arch_multiplies_int8_and_writes_both_16_bit_types() -> None:

@@ -1,6 +1,7 @@
 import importlib
 import sys
 import threading
+import warnings
 from types import ModuleType
 
 import pytest
@@ -72,6 +73,30 @@ def test_auto_lists_the_reason_of_every_backend(toy: ModuleType, monkeypatch: py
     )
     with pytest.raises(BackendError, match=message):
         _answer()
+
+
+def test_auto_takes_the_fastest_first_and_the_reference_last() -> None:
+    assert all(names[-1] == "reference" for names in dispatch.ORDER.values())
+    assert {names[0] for op, names in dispatch.ORDER.items() if op.startswith(("scaled", "rotate_"))} == {"cutlass"}
+
+
+def test_a_gpu_that_a_faster_backend_could_serve_is_named_once_with_the_remedy(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch._warn_once.cache_clear()
+    message = "the reference backend serves this GPU, there are faster kernels: toy: not built; run `make toy`"
+    toy.reason = "not built; run `make toy`"  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=f"^{message}$"):
+        dispatch.pick("rotate", "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.pick("rotate", "cuda:1")
+        dispatch._warn_once.cache_clear()
+        dispatch.pick("rotate", "cpu")
+        with use_backend("reference"):
+            dispatch.pick("rotate", "cuda")
+        toy.reason = "needs another GPU"  # type: ignore[attr-defined]
+        dispatch.pick("rotate", "cuda")
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from convrot_kernels import __main__ as doctor
 from convrot_kernels import dispatch, reference
+from convrot_kernels.backends.cutlass import binding
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,6 +23,7 @@ def test_the_command_reports_json_and_succeeds() -> None:
     assert "convrot-kernels" in report["packages"]
     assert report["devices"]["cpu"]["backends"]["reference"] is None
     assert report["devices"]["cpu"]["auto"] == dict.fromkeys(dispatch.ORDER, "reference")
+    assert report["binding"] == binding.why_not()
     assert len(report["devices"]) == 1 + len(report["gpus"])
 
 
@@ -30,6 +32,7 @@ def test_text_names_versions_backends_and_choices(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text
     assert "reference: ready" in text
+    assert f"binding, GPU ops without Python: {binding.why_not() or 'ready'}" in text
     assert all(f"{op:<26}reference" in text for op in dispatch.ORDER)
 
 

@@ -65,10 +65,9 @@ def test_opcheck(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.convrot, op).default, args, kwargs)
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE_INPUTS)
-def test_opcheck_of_the_autograd_registration(op: str) -> None:
-    args, kwargs = CASES[op]()
-    overload = getattr(torch.ops.convrot, op).default
+def test_opcheck_of_the_autograd_registration() -> None:
+    args, kwargs = CASES["rotate"]()  # the other ops have none, and their functions a backward that refuses
+    overload = torch.ops.convrot.rotate.default
     torch.library.opcheck(overload, _requiring_grad(args), kwargs, test_utils="test_autograd_registration")
 
 
@@ -133,11 +132,25 @@ def test_meta_tensors_give_shapes_and_dtypes(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE_INPUTS if op != "rotate"])
-def test_backward_through_integer_codes_is_refused(op: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_through_integer_codes_is_refused(op: str, compiled: bool) -> None:
     args, kwargs = CASES[op]()
-    result = _call(op, _requiring_grad(args), kwargs)[-1]
+    expected = _call(op, args, kwargs)[-1]
+    torch._dynamo.reset()
+    call = torch.compile(_call, fullgraph=True, backend="aot_eager") if compiled else _call
+    result = call(op, _requiring_grad(args), kwargs)[-1]
+    assert_equal(result.detach(), expected)
     with pytest.raises(NotImplementedError, match=rf"{op}: not differentiable.*call it under torch.no_grad\(\)"):
         result.float().sum().backward()
+
+
+def test_the_op_that_writes_takes_inputs_that_require_grad() -> None:
+    args, _ = CASES["scaled_mm_out"]()
+    ck.scaled_mm_out(*args)
+    expected = args[0].clone()
+    args[0].zero_()
+    ck.scaled_mm_out(args[0], *_requiring_grad(args[1:]))
+    assert_equal(args[0], expected)
 
 
 def test_import_is_light_and_touches_no_gpu() -> None:

@@ -44,6 +44,8 @@ def examine() -> dict[str, Any]:
         auto = {op: _auto(op, device) for op in dispatch.ORDER}
         runs = all(chosen in dispatch.BACKENDS for chosen in auto.values())
         devices[device] = {"runs": runs, "backends": dispatch.available_backends(device), "auto": auto}
+    from convrot_kernels.backends.cutlass import binding
+
     packages = ("convrot-kernels", "torch", "triton")
     return {
         "python": platform.python_version(),
@@ -51,6 +53,7 @@ def examine() -> dict[str, Any]:
         "packages": {package: _version(package) for package in packages} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "gpus": gpus,
+        "binding": binding.why_not(),
         "devices": devices,
     }
 
@@ -63,6 +66,7 @@ def _print_report(report: dict[str, Any]) -> None:
         print(f"  GPU: {gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory'] / 2**30:.0f} GiB")
     if not report["gpus"]:
         print("  GPU: none")
+    print(f"  binding, GPU ops without Python: {report['binding'] or 'ready'}")
     for device, state in report["devices"].items():
         print(f"\nBackends on {device}")
         for name, reason in state["backends"].items():
@@ -85,20 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Exit code 0 when every op can run on some device, else 1. Example: python -m convrot_kernels doctor",
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    build = commands.add_parser(
+    compiling = commands.add_parser(
         "build",
         help="compile the CUTLASS kernels of this GPU, or of --arch, into the cache",
         description="Compile the CUTLASS kernels with nvcc, once per version: minutes, and no GPU is needed.",
         epilog="Example: python -m convrot_kernels build --arch sm_90a --jobs 2",
     )
-    build.add_argument("--arch", action="append", default=[], help="sm_80, sm_90a, sm_120, ...; may be repeated")
-    build.add_argument("--jobs", type=int, default=2, help="compilers at a time, up to 5 GB each (default 2)")
-    build.add_argument("--output", type=Path, help="folder of the library instead of the cache")
+    compiling.add_argument("--arch", action="append", default=[], help="sm_80, sm_90a, sm_120, ...; may be repeated")
+    compiling.add_argument("--jobs", type=int, default=2, help="compilers at a time, up to 5 GB each (default 2)")
+    compiling.add_argument("--output", type=Path, help="folder of the library instead of the cache")
     options = parser.parse_args(arguments)
     if options.command == "build":
-        from convrot_kernels.backends.cutlass.build import build_command
+        from convrot_kernels.backends.cutlass import binding, build
 
-        return build_command(options.arch, options.jobs, options.output)
+        return build.build_command(options.arch, options.jobs, options.output) or binding.build_command(options.output)
     report = examine()
     if options.json:
         print(json.dumps(report, indent=2))

@@ -4,9 +4,13 @@ A backend is a module with the functions of `reference` that it speeds up, `why_
 `preferred_codes(device)`, `preferred_layout(device)`. It must import on a machine that cannot run it.
 """
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from ctypes import c_int64
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,24 +24,27 @@ BACKENDS: dict[str, str] = {
     "cutlass": "convrot_kernels.backends.cutlass",
 }
 
-# op -> backends in the order in which `auto` tries them. triton and cutlass stand last, where only use_backend reaches
-# them, until their tests have run on a GPU: so far Triton's interpreter and compilers alone have seen them.
+_FASTEST_FIRST = ("cutlass", "triton", "reference")
+
+# op -> backends in the order in which `auto` tries them
 ORDER: dict[str, tuple[str, ...]] = {
-    "rotate": ("reference", "triton"),
-    "rotate_quantize": ("reference", "triton", "cutlass"),
-    "rotate_quantize_gelu": ("reference", "triton", "cutlass"),
-    "rotate_quantize_modulate": ("reference", "triton", "cutlass"),
-    "rotate_quantize_silu_mul": ("reference", "triton", "cutlass"),
-    "rotate_quantize_cat_gelu": ("reference", "triton", "cutlass"),
-    "scaled_mm": ("reference", "triton", "cutlass"),
-    "scaled_mm_out": ("reference", "triton", "cutlass"),
-    "scaled_mm_gate_residual": ("reference", "triton", "cutlass"),
+    "rotate": ("triton", "reference"),
+    "rotate_quantize": _FASTEST_FIRST,
+    "rotate_quantize_gelu": _FASTEST_FIRST,
+    "rotate_quantize_modulate": _FASTEST_FIRST,
+    "rotate_quantize_silu_mul": _FASTEST_FIRST,
+    "rotate_quantize_cat_gelu": _FASTEST_FIRST,
+    "scaled_mm": _FASTEST_FIRST,
+    "scaled_mm_out": _FASTEST_FIRST,
+    "scaled_mm_gate_residual": _FASTEST_FIRST,
     "pack_int4": ("reference",),
     "unpack_int4": ("reference",),
 }
 
 AUTO = "auto"
 _chosen: ContextVar[str] = ContextVar("convrot_backend", default=AUTO)
+named = c_int64(0)  # use_backend blocks that name a backend, in all threads: compiled code reads it where it lies
+_named_lock = threading.Lock()
 
 
 class BackendError(RuntimeError):
@@ -54,26 +61,46 @@ def use_backend(name: str) -> Iterator[None]:
         known = ", ".join((AUTO, *BACKENDS))
         raise BackendError(f"use_backend: unknown backend {name!r}; use one of {known}")
     token = _chosen.set(name)
+    _count_named(int(name != AUTO))
     try:
         yield
     finally:
+        _count_named(-int(name != AUTO))
         _chosen.reset(token)
+
+
+def _count_named(more: int) -> None:
+    with _named_lock:
+        named.value += more
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=1)
 
 
 def pick(op: str, device: torch.device | str) -> tuple[str, ModuleType]:
     """The name and module of the backend that runs `op` on `device` now."""
     device, chosen = torch.device(device), _chosen.get()
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in ORDER[op] if chosen == AUTO else (chosen,):
         module = import_module(BACKENDS[name])
         reason = module.why_not(device) if hasattr(module, op) else f"does not implement {op}"
         if reason is None:
+            _warn_of_slower(name, device, reasons)
             return name, module
         reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if chosen == AUTO:
         raise BackendError(f"{op}: no backend can run on {device}: {listed}")
     raise BackendError(f'{op}: the chosen backend cannot run on {device}: {listed}; use_backend("auto") picks another')
+
+
+def _warn_of_slower(name: str, device: torch.device, reasons: dict[str, str]) -> None:
+    """A GPU that a faster backend could serve: it only has to be built or installed, and its reason says how."""
+    for faster, reason in reasons.items() if device.type == "cuda" else ():
+        if "run `" in reason:
+            _warn_once(f"the {name} backend serves this GPU, there are faster kernels: {faster}: {reason}")
 
 
 def select(op: str, device: torch.device | str) -> Callable[..., Any]:
@@ -85,7 +112,7 @@ def select(op: str, device: torch.device | str) -> Callable[..., Any]:
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     """Backend -> None if it can run on `device`, else why not. Default: the GPU if there is one, else the CPU."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return {name: import_module(path).why_not(where) for name, path in BACKENDS.items()}
+    return {name: import_module(BACKENDS[name]).why_not(where) for name in BACKENDS}
 
 
 def preferred_codes(device: torch.device | str) -> str:

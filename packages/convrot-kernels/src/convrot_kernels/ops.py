@@ -2,11 +2,15 @@
 
 Every call goes checks.py -> dispatch.py -> a backend. The ops are opaque to torch.compile and safe under autocast.
 `rotate` is differentiable (it is its own adjoint). The others are not: backward through them raises.
+
+On a GPU, compiled code may take calls before they get here: backends/cutlass/binding.py. Its way back into Python is
+the namespace `convrot_python`, which holds the same ops and is nobody else's.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +36,11 @@ SCHEMAS = (
     "unpack_int4(Tensor packed) -> Tensor",
 )
 
+_REFUSE = "refuse_gradient(Tensor grad, Tensor input, str op) -> Tensor"
+
 _LIBRARY = torch.library.Library("convrot", "DEF")
+_PYTHON = torch.library.Library("convrot_python", "DEF")
+_OPS = torch.ops.convrot
 
 
 def _register(schema: str) -> None:
@@ -50,17 +58,19 @@ def _register(schema: str) -> None:
         results = [first.new_empty(shape, dtype=dtype) for shape, dtype in check(first, *args, **options)]
         return tuple(results) if len(results) > 1 else next(iter(results), None)
 
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(
-            f"{op}: not differentiable, its codes are integers, got inputs that require grad; "
-            "call it under torch.no_grad() or detach them"
-        )
+    results = schema.partition("->")[2].count("Tensor")
 
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+    def serve(first: Tensor, *args: Any, **options: Any) -> Any:
+        from convrot_kernels.backends.cutlass import binding
+
+        return binding.serve(run, results, first, args, options)
+
+    # there, a str is the address of its text: torch loses memory over a str that compiled code hands to it
+    twin = re.sub(r"str (\w+)(='\w+')?", r"int \1", schema)
+    for lib, known_as, implementation in ((_LIBRARY, schema, run), (_PYTHON, twin, serve)):
+        lib.define(known_as, tags=(torch.Tag.pt2_compliant_tag,))
+        lib.impl(op, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"convrot::{op}", fake, lib=_LIBRARY)
-    if op not in ("rotate", "scaled_mm_out"):  # torch takes no formula for an op that writes into an argument
-        torch.library.register_autograd(f"convrot::{op}", backward, lib=_LIBRARY)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -76,9 +86,58 @@ def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return rotate(grad, ctx.group_size), None
 
 
+def _refuse_gradient(grad: Tensor, input: Tensor, op: str) -> Tensor:
+    raise NotImplementedError(
+        f"{op}: not differentiable, its codes are integers, got inputs that require grad; "
+        "call it under torch.no_grad() or detach them"
+    )
+
+
 for _schema in SCHEMAS:
     _register(_schema)
 torch.library.register_autograd("convrot::rotate", _rotate_backward, setup_context=_save_group_size, lib=_LIBRARY)
+# an op, so that a compiled graph raises where it runs and not while it is traced
+_PYTHON.define(_REFUSE, tags=(torch.Tag.pt2_compliant_tag,))
+_PYTHON.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "convrot_python::refuse_gradient", lambda grad, input, op: torch.empty_like(input), lib=_PYTHON
+)
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """An op whose backward raises. A formula in the dispatcher would cost a call into Python under no_grad too."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, options: dict[str, Any], *args: Any) -> Any:
+        ctx.op = op
+        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
+        return getattr(_OPS, op).default(*args, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        refuse = torch.ops.convrot_python.refuse_gradient.default
+        return None, None, *(refuse(grads[-1], arg, ctx.op) if needs else None for arg, needs in needed)
+
+
+def _call(op: str, *args: Any, **options: Any) -> Any:
+    """Run the op: with a backward that refuses where one could be asked for. An op that writes has none to ask for."""
+    asks = torch.is_grad_enabled() and op != "scaled_mm_out"
+    if asks and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return _NotDifferentiable.apply(op, options, *args)
+    try:
+        return getattr(_OPS, op).default(*args, **options)
+    except RuntimeError as error:
+        original = _original(error)
+        if original is None:
+            raise
+    raise original  # outside of the block: what compiled code made of it is no part of its story
+
+
+def _original(error: RuntimeError) -> BaseException | None:
+    from convrot_kernels.backends.cutlass import binding
+
+    return binding.original(error)
 
 
 def rotate(x: Tensor, group_size: int = 256) -> Tensor:
@@ -87,7 +146,7 @@ def rotate(x: Tensor, group_size: int = 256) -> Tensor:
     H is the regular Hadamard matrix over sqrt(group_size), group_size 16, 64, 256 or 1024. Its own inverse.
     Sums are at least fp32, rounded once to x.dtype. Differentiable.
     """
-    return torch.ops.convrot.rotate(x, group_size)
+    return _OPS.rotate.default(x, group_size)
 
 
 def rotate_quantize(
@@ -99,14 +158,14 @@ def rotate_quantize(
     qmax is 7 (bits=4) or 127 (bits=8). `packed` needs bits=4: low nibble = even column, two's complement.
     A row that holds inf or NaN, or whose rotation leaves fp32, gets scale NaN and codes 0.
     """
-    return torch.ops.convrot.rotate_quantize(x, group_size, bits, packed=packed, rule=rule, clip=clip)
+    return _call("rotate_quantize", x, group_size, bits, packed=packed, rule=rule, clip=clip)
 
 
 def rotate_quantize_gelu(
     x: Tensor, group_size: int = 256, bits: int = 4, *, packed: bool = False, rule: str = "absmax", clip: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(..., K) -> rotate_quantize(gelu(x)): tanh gelu in fp32, rounded once to x.dtype."""
-    return torch.ops.convrot.rotate_quantize_gelu(x, group_size, bits, packed=packed, rule=rule, clip=clip)
+    return _call("rotate_quantize_gelu", x, group_size, bits, packed=packed, rule=rule, clip=clip)
 
 
 def rotate_quantize_modulate(
@@ -125,8 +184,8 @@ def rotate_quantize_modulate(
 
     LayerNorm over K without affine part, variance in two passes; all in fp32, rounded once to x.dtype.
     """
-    return torch.ops.convrot.rotate_quantize_modulate(
-        x, scale, shift, eps, group_size, bits, packed=packed, rule=rule, clip=clip
+    return _call(
+        "rotate_quantize_modulate", x, scale, shift, eps, group_size, bits, packed=packed, rule=rule, clip=clip
     )
 
 
@@ -141,7 +200,7 @@ def rotate_quantize_silu_mul(
     clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """x, y (..., K), one dtype -> rotate_quantize(silu(x) * y), in fp32, rounded once to x.dtype."""
-    return torch.ops.convrot.rotate_quantize_silu_mul(x, y, group_size, bits, packed=packed, rule=rule, clip=clip)
+    return _call("rotate_quantize_silu_mul", x, y, group_size, bits, packed=packed, rule=rule, clip=clip)
 
 
 def rotate_quantize_cat_gelu(
@@ -158,7 +217,7 @@ def rotate_quantize_cat_gelu(
 
     K1 and K2 are multiples of group_size; gelu as in rotate_quantize_gelu.
     """
-    return torch.ops.convrot.rotate_quantize_cat_gelu(x, y, group_size, bits, packed=packed, rule=rule, clip=clip)
+    return _call("rotate_quantize_cat_gelu", x, y, group_size, bits, packed=packed, rule=rule, clip=clip)
 
 
 def scaled_mm(
@@ -177,7 +236,7 @@ def scaled_mm(
     or fp16, bf16, fp32 values (..., K) without a_scale and with fp32 sums. b: uint8 packed (N, K/2) or int8 (N, K)
     in the order `b_layout`, with b_scale fp32 (N,). bias (N,). out_dtype: default bf16 for codes, a.dtype for values.
     """
-    return torch.ops.convrot.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, b_layout=b_layout)
+    return _call("scaled_mm", a, b, a_scale, b_scale, bias, out_dtype, b_layout=b_layout)
 
 
 def scaled_mm_out(
@@ -191,7 +250,9 @@ def scaled_mm_out(
     b_layout: str = "row_major",
 ) -> None:
     """scaled_mm written into out (..., N), fp16, bf16 or fp32; out may be a slice of a larger tensor."""
-    torch.ops.convrot.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
+    if out.requires_grad:  # which compiled code cannot ask
+        checks.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
+    _call("scaled_mm_out", out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
 
 
 def scaled_mm_gate_residual(
@@ -209,7 +270,7 @@ def scaled_mm_gate_residual(
 
     y is what scaled_mm computes from the other arguments, before its last rounding.
     """
-    return torch.ops.convrot.scaled_mm_gate_residual(a, b, a_scale, b_scale, bias, gate, residual, b_layout=b_layout)
+    return _call("scaled_mm_gate_residual", a, b, a_scale, b_scale, bias, gate, residual, b_layout=b_layout)
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -217,12 +278,12 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     Contents are not checked: of a code outside the range the low four bits are kept.
     """
-    return torch.ops.convrot.pack_int4(codes)
+    return _OPS.pack_int4.default(codes)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """uint8 (..., K/2) -> int8 (..., K): the inverse of pack_int4."""
-    return torch.ops.convrot.unpack_int4(packed)
+    return _OPS.unpack_int4.default(packed)
 
 
 def prepare_weight(weight: Tensor, layout: str) -> Tensor:

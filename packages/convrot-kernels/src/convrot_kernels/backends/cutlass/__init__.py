@@ -1,7 +1,8 @@
 """CUTLASS backend: the compiled library of this GPU. `build.py` makes it, nothing here compiles.
 
 variants.py (which kernels), generate.py (their text), build.py (text -> library), library.py (load and check),
-products.py and quantize.py (the ops). Importing this touches neither CUDA nor the library.
+products.py and quantize.py (the ops), binding.py (the ops without Python). Importing this touches neither CUDA nor the
+library.
 """
 
 from convrot_kernels.backends.cutlass.library import why_not
@@ -19,8 +20,10 @@ from convrot_kernels.backends.cutlass.quantize import (
     rotate_quantize_modulate,
     rotate_quantize_silu_mul,
 )
+from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "pack_int4",
     "preferred_codes",
     "preferred_layout",
     "rotate_quantize",
@@ -31,5 +34,6 @@ __all__ = [
     "scaled_mm",
     "scaled_mm_gate_residual",
     "scaled_mm_out",
+    "unpack_int4",
     "why_not",
 ]

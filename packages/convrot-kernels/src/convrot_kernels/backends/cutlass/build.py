@@ -21,6 +21,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -88,18 +89,18 @@ def _headers(text: str) -> str:
     return "".join(found[name] for name in sorted(found))
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _unit_key(unit: Unit, arch: str) -> str:
-    return _digest(unit.name, unit.text, _headers(unit.text), *unit.defines, *FLAGS, CUTLASS_VERSION, arch)
+    return digest(unit.name, unit.text, _headers(unit.text), *unit.defines, *FLAGS, CUTLASS_VERSION, arch)
 
 
 @lru_cache(maxsize=len(ARCHS))
 def source_key(arch: str) -> str:
     """The hash of text, flags, CUTLASS version and arch: part of the library's name, and answered by the library."""
-    return _digest(str(ABI_VERSION), *(_unit_key(unit, arch) for unit in units(arch)))
+    return digest(str(ABI_VERSION), *(_unit_key(unit, arch) for unit in units(arch)))
 
 
 # where it lies
@@ -115,7 +116,7 @@ def _name(arch: str) -> str:
     return f"convrot-{arch}-{source_key(arch)}.so"
 
 
-def _defect(library: Path) -> str | None:
+def defect(library: Path) -> str | None:
     """None for a library as it was built, else what is wrong with the entry."""
     if not library.exists():
         return "missing"
@@ -129,15 +130,20 @@ def _defect(library: Path) -> str | None:
     return None if hashlib.sha256(library.read_bytes()).hexdigest() == expected else "not the file that was built"
 
 
-def find(arch: str) -> tuple[Path | None, str]:
-    """-> (the library for `arch`, "") or (None, why there is none). Looks into the package, then into the cache."""
-    defects = {path: _defect(path) for path in (SHIPPED / _name(arch), cache_folder() / _name(arch))}
-    for path, defect in defects.items():
-        if defect is None:
+def find_file(name: str) -> tuple[Path | None, str]:
+    """-> (the file, "") or (None, what is wrong with it, "" if it is nowhere): in the package, then in the cache."""
+    defects = {path: defect(path) for path in (SHIPPED / name, cache_folder() / name)}
+    for path, wrong in defects.items():
+        if wrong is None:
             return path, ""
-    broken = [f"{path} is {defect}" for path, defect in defects.items() if defect != "missing"]
-    why = "; ".join(broken) or f"no compiled library for {arch} in {cache_folder()}"
-    return None, f"{why}; run `{COMMAND} --arch {arch}`"
+    return None, "; ".join(f"{path} is {wrong}" for path, wrong in defects.items() if wrong != "missing")
+
+
+def find(arch: str) -> tuple[Path | None, str]:
+    """-> (the library for `arch`, "") or (None, why there is none)."""
+    path, broken = find_file(_name(arch))
+    why = broken or f"no compiled library for {arch} in {cache_folder()}"
+    return path, "" if path else f"{why}; run `{COMMAND} --arch {arch}`"
 
 
 # with what
@@ -178,7 +184,7 @@ def _gencode(arch: str) -> str:
     return f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
 
 
-def _run(command: list[str], what: str) -> None:
+def run_compiler(command: list[str], what: str) -> None:
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -193,7 +199,7 @@ def compile_unit(unit: Unit, arch: str, toolkit: Toolkit, folder: Path, *, more_
     identity = (
         (f"-DCONVROT_ABI={ABI_VERSION}", f'-DCONVROT_SOURCE_KEY="{source_key(arch)}"') if unit.name == "abi" else ()
     )
-    target = folder / f"{unit.name}-{arch}-{_digest(_unit_key(unit, arch), *identity, *more_flags)}.o"
+    target = folder / f"{unit.name}-{arch}-{digest(_unit_key(unit, arch), *identity, *more_flags)}.o"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -201,12 +207,21 @@ def compile_unit(unit: Unit, arch: str, toolkit: Toolkit, folder: Path, *, more_
         source.write_text(unit.text)
         includes = [f"-I{path}" for path in (HERE / "csrc", *toolkit.includes)]
         options = [*FLAGS, *more_flags, *unit.defines, *identity, *includes, _gencode(arch)]
-        _run([str(toolkit.nvcc), *options, "-c", str(source), "-o", str(made)], unit.name)
+        run_compiler([str(toolkit.nvcc), *options, "-c", str(source), "-o", str(made)], unit.name)
         made.replace(target)
     return target
 
 
 # building
+
+
+def publish(made: Path, target: Path, facts: dict[str, Any]) -> None:
+    """Rename a new library, in a folder beside `target`, to `target`, with its manifest."""
+    content, manifest = made.read_bytes(), made.with_suffix(".json")
+    facts = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} | facts
+    manifest.write_text(json.dumps(facts, indent=2) + "\n")
+    made.replace(target)  # a reader between the two renames sees a defect, not a wrong library
+    manifest.replace(target.with_suffix(".json"))
 
 
 def _report_to_terminal(done: int, total: int, name: str, seconds: float) -> None:
@@ -218,17 +233,24 @@ def _report_to_terminal(done: int, total: int, name: str, seconds: float) -> Non
 
 def _compile_all(
     arch: str, jobs: int, toolkit: Toolkit, folder: Path, report: Callable[[int, int, str, float], None]
-) -> list[Path]:
+) -> tuple[list[Path], dict[str, float]]:
+    """-> (object files, seconds that each unit took: 0 for one that was there)."""
     todo, started = units(arch), time.monotonic()
+
+    def compiled(unit: Unit) -> tuple[Path, float]:
+        begun = time.monotonic()
+        return compile_unit(unit, arch, toolkit, folder), round(time.monotonic() - begun, 1)
+
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(compile_unit, unit, arch, toolkit, folder): unit.name for unit in todo}
+        running = {pool.submit(compiled, unit): unit.name for unit in todo}
         try:
             for done, future in enumerate(as_completed(running), 1):
                 future.result()
                 report(done, len(todo), running[future], time.monotonic() - started)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, what has not begun does not begin
-    return [future.result() for future in running]
+    made = {name: future.result() for future, name in running.items()}
+    return [path for path, _ in made.values()], {name: seconds for name, (_, seconds) in made.items()}
 
 
 def build(
@@ -246,21 +268,18 @@ def build(
     objects.mkdir(parents=True, exist_ok=True)
     library = folder / _name(arch)
     with FileLock(library.with_suffix(".lock")):  # a process that dies gives it back
-        if _defect(library) is None:
+        if defect(library) is None:
             return library
         toolkit, started = find_toolkit(), time.monotonic()
-        parts = _compile_all(arch, jobs, toolkit, objects, report)
+        parts, seconds = _compile_all(arch, jobs, toolkit, objects, report)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made, manifest = Path(scratch) / "made.so", Path(scratch) / "made.json"
+            made = Path(scratch) / "made.so"
             libraries = [f"-L{path}" for path in toolkit.libraries if path.exists()]
             command = [str(toolkit.nvcc), "-shared", "-cudart", "static", _gencode(arch), *libraries, "-o", str(made)]
-            _run([*command, *map(str, parts)], "the link of the library")
-            facts = {"sha256": hashlib.sha256(made.read_bytes()).hexdigest(), "bytes": made.stat().st_size}
-            facts |= {"arch": arch, "key": source_key(arch), "cutlass": CUTLASS_VERSION}
-            facts |= {"seconds": round(time.monotonic() - started), "jobs": jobs}
-            manifest.write_text(json.dumps(facts, indent=2) + "\n")
-            made.replace(library)  # a reader between the two renames sees a defect, not a wrong library
-            manifest.replace(library.with_suffix(".json"))
+            run_compiler([*command, *map(str, parts)], "the link of the library")
+            facts: dict[str, Any] = {"arch": arch, "key": source_key(arch), "cutlass": CUTLASS_VERSION}
+            facts |= {"seconds": round(time.monotonic() - started), "jobs": jobs, "units": seconds}
+            publish(made, library, facts)
     return library
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from convrot_kernels.backends.cutlass import build
+from convrot_kernels.backends.cutlass import binding, build
 from convrot_kernels.backends.cutlass.variants import ARCHS, arch_of, of_arch
 
 _EPILOGUE = (c_void_p, c_int, c_void_p, c_int, c_void_p, c_int64)  # bias, gate, each with its dtype; residual, stride
@@ -62,10 +62,11 @@ class Library:
 
     def call(self, name: str, *arguments: Any) -> None:
         """Run one C function."""
-        code = getattr(self._functions, name)(*arguments)
-        if code:
+        function = getattr(self._functions, name)
+        if code := function(*arguments):
             sentence = self._functions.convrot_error(code).decode()
             raise KernelError(f"{name}: {sentence} (code {code})")
+        binding.note(name, function, arguments)
 
 
 @lru_cache(maxsize=64)
@@ -85,9 +86,11 @@ def _load(arch: str) -> Library | str:
     if path is None:
         return why
     try:
-        return Library(path, arch)
+        library = Library(path, arch)
     except LibraryError as error:
         return str(error)
+    binding.load()
+    return library
 
 
 def index_of(device: torch.device) -> int:
@@ -122,6 +125,7 @@ def forget() -> None:
     """Look for libraries again: after a build in this process."""
     _load.cache_clear()
     _reason.cache_clear()
+    binding.forget()
 
 
 def of(device: torch.device) -> tuple[str, Library]:

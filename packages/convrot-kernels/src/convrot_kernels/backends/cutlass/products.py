@@ -1,4 +1,4 @@
-"""scaled_mm, scaled_mm_out and scaled_mm_gate_residual on the compiled library. Not run on a GPU yet.
+"""scaled_mm, scaled_mm_out and scaled_mm_gate_residual on the compiled library.
 
 Every shape runs: `variants.pick` names a GEMM, else the GEMV does the product (fp32 output, few rows, 16-bit values,
 extents off the GEMM's multiples). Operands are padded, packed codes widened and buffers copied only where a kernel
@@ -270,5 +270,6 @@ def scaled_mm_gate_residual(
 ) -> Tensor:
     """residual + gate * (scaled_mm before its last rounding), in fp32, rounded once to residual.dtype."""
     out, rows = _new(tuple(residual.shape), residual.dtype, a.device)
+    residual = residual if residual.stride(-1) == 1 else residual.contiguous()
     _multiply(rows, a, b, a_scale, b_scale, bias, b_layout, gate, residual.reshape(rows.shape))
     return out

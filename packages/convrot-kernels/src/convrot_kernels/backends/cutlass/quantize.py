@@ -1,4 +1,4 @@
-"""rotate_quantize and its prologues on the compiled library: rotate_quantize.cu. Not run on a GPU yet."""
+"""rotate_quantize and its prologues on the compiled library: rotate_quantize.cu."""
 
 import torch
 from torch import Tensor

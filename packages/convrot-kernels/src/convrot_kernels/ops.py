@@ -253,6 +253,8 @@ def scaled_mm_out(
     if out.requires_grad:  # which compiled code cannot ask
         checks.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
     _call("scaled_mm_out", out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
 
 
 def scaled_mm_gate_residual(

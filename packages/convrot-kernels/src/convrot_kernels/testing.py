@@ -13,6 +13,9 @@ from convrot_kernels.ops import unpack_int4
 
 MISMATCHES = 1e-5  # the share of codes by which a backend may differ from reference, each by one step; one is chance
 SCALE_RTOL = 1e-5
+# After a prologue, the share of rows whose scale may be further off: its one rounding to 16 bits falls the other way for
+# a few inputs (two fp32 functions differ by 1e-7), and where such an input makes the row's maximum, by up to a 16-bit step.
+FLIPPED_ROWS, FLIPPED_RTOL = 2e-3, 2.0**-8
 
 
 # inputs
@@ -65,8 +68,13 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
         )
 
 
-def assert_codes_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """(codes, scale) of a backend and of reference: 1e-5 of the codes (or one) off by one step; scale within 1e-5."""
+def assert_codes_close(
+    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], *, prologue: bool = False
+) -> None:
+    """(codes, scale) of a backend and of reference: 1e-5 of the codes (or one) off by one step; scale within 1e-5.
+
+    After a prologue, FLIPPED_ROWS of the scales may be off by FLIPPED_RTOL.
+    """
     (codes, scale), (wanted, wanted_scale) = actual, expected
     assert codes.dtype == wanted.dtype, f"codes {codes.dtype}, expected {wanted.dtype}"
     assert codes.shape == wanted.shape, f"codes {tuple(codes.shape)}, expected {tuple(wanted.shape)}"
@@ -78,7 +86,13 @@ def assert_codes_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Te
     assert off <= max(1, MISMATCHES * steps.numel()), (
         f"{off} of {steps.numel()} codes differ, allowed are {MISMATCHES:g} of them"
     )
-    torch.testing.assert_close(scale.cpu(), wanted_scale.cpu(), rtol=SCALE_RTOL, atol=0, equal_nan=True)
+    scale, wanted_scale = scale.cpu(), wanted_scale.cpu()
+    if prologue:
+        moved = (scale - wanted_scale).abs() > SCALE_RTOL * wanted_scale
+        count = int(moved.sum())
+        assert count <= FLIPPED_ROWS * moved.numel(), f"{count} of {moved.numel()} scales are off by more than 1e-5"
+    rtol = FLIPPED_RTOL if prologue else SCALE_RTOL
+    torch.testing.assert_close(scale, wanted_scale, rtol=rtol, atol=0, equal_nan=True)
 
 
 # timing

@@ -156,8 +156,12 @@ def _product(
         return _gemv(ours, weight, x, out, e, stream)
     residual = e.residual if e.residual is None or _rows_aligned(e.residual) else _ready(e.residual)
     target = out if _rows_aligned(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    _gemm(variant, ours, codes, x, target, e._replace(residual=residual), stream)
-    if target is not out:
+    # CUTLASS puts an fp32 residual into registers of the accumulator's type, int32: added afterwards, to the same bits
+    apart = residual if out.dtype == torch.float32 else None
+    _gemm(variant, ours, codes, x, target, e._replace(residual=None if apart is not None else residual), stream)
+    if apart is not None:
+        torch.add(target, apart, out=out)
+    elif target is not out:
         out.copy_(target)
 
 

@@ -15,21 +15,11 @@ namespace {
 
 constexpr int kWarps = 8;  // a block's; they split K
 constexpr int kMostStaged = 60 << 10;  // bytes of x: two blocks an SM, also with the 99 KB of sm_86
-// chunks in flight a warp, 3 or 4 KB: at K = 3072 it has asked for all it needs before it waits once
-template <Format kFormat>
-constexpr int kSlots = kFormat == kReordered ? 12 : 4;
-
-template <int kCount, int kFirst = 0, class Function>
-__device__ __forceinline__ void unrolled(Function f) {  // f(0) ... f(kCount - 1), each with a constant
-  if constexpr (kFirst < kCount) {
-    f(std::integral_constant<int, kFirst>{});
-    unrolled<kCount, kFirst + 1>(f);
-  }
-}
 
 // acc += one step of a chunk times the x that its columns meet
 template <Format kFormat, class X, class Sum>
-__device__ __forceinline__ void accumulate(Chunk<kFormat> const& weight, int step, XFragment<X> const& x, Sum (&acc)[4]) {
+__device__ __forceinline__ void accumulate(Nibbles<std::is_same_v<X, __half>> const& to16, Chunk<kFormat> const& weight,
+                                           int step, XFragment<X> const& x, Sum (&acc)[4]) {
   uint32_t a[4];
   if constexpr (std::is_same_v<X, int8_t>) {
     fragments(weight, step, a);
@@ -38,11 +28,12 @@ __device__ __forceinline__ void accumulate(Chunk<kFormat> const& weight, int ste
     constexpr bool kHalf = std::is_same_v<X, __half>;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      fragments16<kHalf>(weight, step, half, a);
+      fragments16<kHalf>(to16, weight, step, half, a);
 #pragma unroll
       for (int term = XFragment<X>::kTerms - 1; term >= 0; --term) {
-        uint4 const& w = x.words[term];
-        mma<kHalf>(acc, a, half ? w.z : w.x, half ? w.w : w.y);
+        uint32_t const b0 = half ? x.words[term].z : x.words[term].x, b1 = half ? x.words[term].w : x.words[term].y;
+        mma<kHalf>(acc, a, b0, b1);
+        if (kFormat != kBytes) mma<kHalf>(acc, to16.minus, b0, b1);  // at once, so that no sum grows beyond a step's
       }
     }
   }
@@ -67,27 +58,47 @@ struct Finish {
   }
 };
 
-// bytes of x in shared memory: every step of every chunk, every token, four lanes each
-template <Format kFormat, class X>
-int staged_bytes(Product const& p) {
+// fragments of x in shared memory: every step of every chunk, every token, four lanes each; and one of zeros
+template <Format kFormat>
+__host__ __device__ int staged_fragments(Product const& p) {
   int const chunks = (p.k + Chunk<kFormat>::kColumns - 1) / Chunk<kFormat>::kColumns;
-  return chunks * Chunk<kFormat>::kSteps * p.m * 4 * int(sizeof(XFragment<X>));
+  return chunks * Chunk<kFormat>::kSteps * p.m * 4 + 1;
 }
 
-// kGroups groups of eight tokens. x of a single group stands in shared memory, fragment by fragment: every block reads
-// all of it. x of more is read where it is.
+// kGroups groups of eight tokens. x of a single group stands in shared memory, fragment by fragment: every warp of a
+// block reads all of it. x of more is read where it is.
 template <Format kFormat, class X, int kGroups>
-__global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 4 : 1) gemv(Product const p) {
+__global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 1) gemv(Product const p) {
   using Weight = Chunk<kFormat>;
   using Sum = std::conditional_t<std::is_same_v<X, int8_t>, int, float>;
   constexpr bool kStaged = kGroups == 1;
-  constexpr int kOutputs = kGroups * 128, kAhead = kSlots<kFormat>, kSteps = Weight::kSteps;
+  constexpr int kSteps = Weight::kSteps, kAhead = Weight::kAhead, kTiles = kStaged ? Weight::kTiles : 1;
+  constexpr int kOutputs = kTiles * kGroups * 128;
   extern __shared__ uint4 dynamic[];
-  __shared__ Weight ring[kWarps][kAhead][32];  // a lane reads what it copied itself: no barrier
   __shared__ Sum sums[kWarps][kOutputs];
   auto* const staged = reinterpret_cast<XFragment<X>*>(dynamic);
-  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n0 = blockIdx.x * kRows;
+  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, tile0 = blockIdx.x * kTiles;
   int const chunks = (p.k + Weight::kColumns - 1) / Weight::kColumns;
+
+  typename Weight::Place const places[2] = {{p, tile0, lane}, {p, tile0 + kTiles - 1, lane}};
+  Weight weight[2][kAhead][kTiles];  // one half is used while the other is under way
+  auto const load = [&](Weight (&to)[kAhead][kTiles], int first) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) places[tile].load(to[i][tile], first + i * kWarps, lane);
+    }
+  };
+  load(weight[0], warp);
+
+  // output `index` of the tiles: register i of a lane is row lane / 4 + 8 (i / 2), token 2 (lane % 4) + i % 2
+  auto const row_of = [&](int index) {
+    return (tile0 + (index >> 7) / kGroups) * kRows + (index >> 4 & 7) + 8 * (index >> 1 & 1);
+  };
+  auto const token_of = [&](int index) {
+    return (blockIdx.y * kGroups + (index >> 7) % kGroups) * 8 + 2 * (index >> 2 & 3) + (index & 1);
+  };
+  Finish const early(p, row_of(threadIdx.x), token_of(threadIdx.x));  // of the first round of outputs, mostly the only
 
   auto const load_x = [&](int token, int chunk, int step, int quad) {
     int const column = Weight::column(chunk, step, quad);
@@ -97,66 +108,65 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 4 : 1) gemv(Produc
     }
     return x;
   };
-  Sum acc[2][kGroups][4] = {};  // two chains: a product waits for the one before it in its chain
-  auto const use = [&](int slot, int chunk) {
-    Weight const weight = ring[warp][slot][lane];
+  int const zeros = staged_fragments<kFormat>(p) - 1;
+  if constexpr (kStaged) {
+    for (int token = 0; token < p.m; ++token) {
+      for (int index = threadIdx.x; index < chunks * kSteps * 4; index += kWarps * 32) {
+        int const step = index / 4;
+        staged[(step * p.m + token) * 4 + index % 4] = load_x(token, step / kSteps, step % kSteps, index % 4);
+      }
+    }
+    if (threadIdx.x == 0) staged[zeros] = XFragment<X>{};
+    __syncthreads();
+  }
+  // lanes of tokens that are not there, and chunks beyond the last, read the zeros
+  bool const mine = (lane >> 2) < p.m;
+  auto const x_of = [&](int chunk, int step, int group) {
+    if constexpr (kStaged) {
+      int const at = ((chunk * kSteps + step) * p.m + (lane >> 2)) * 4 + (lane & 3);
+      return staged[mine && chunk < chunks ? at : zeros];
+    } else {
+      return load_x((blockIdx.y * kGroups + group) * 8 + (lane >> 2), chunk, step, lane & 3);
+    }
+  };
+  Nibbles<std::is_same_v<X, __half>> const to16(p);
+  Sum acc[2][kTiles][kGroups][4] = {};  // two chains: a product waits for the one before it in its chain
+  auto const use = [&](Weight const (&from)[kAhead][kTiles], int first) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        int const token = (blockIdx.y * kGroups + group) * 8 + (lane >> 2);
-        XFragment<X> x{};
-        if constexpr (!kStaged) x = load_x(token, chunk, step, lane & 3);
-        else if (token < p.m) x = staged[((chunk * kSteps + step) * p.m + token) * 4 + (lane & 3)];
-        accumulate<kFormat>(weight, step, x, acc[(slot + step) % 2][group]);
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          XFragment<X> const x = x_of(first + i * kWarps, step, group);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile)
+            accumulate<kFormat>(to16, from[i][tile], step, x, acc[(i + step) % 2][tile][group]);
+        }
       }
     }
   };
-  // output `index` of the tiles: register i of a lane is row lane / 4 + 8 (i / 2), token 2 (lane % 4) + i % 2
-  auto const row_of = [&](int index) { return n0 + (index >> 4 & 7) + 8 * (index >> 1 & 1); };
-  auto const token_of = [&](int index) {
-    return (blockIdx.y * kGroups + (index >> 7)) * 8 + 2 * (index >> 2 & 3) + (index & 1);
-  };
+#pragma unroll 1
+  for (int first = warp; first < chunks; first += 2 * kAhead * kWarps) {
+    load(weight[1], first + kAhead * kWarps);
+    use(weight[0], first);
+    load(weight[0], first + 2 * kAhead * kWarps);
+    use(weight[1], first + kAhead * kWarps);
+  }
 
 #pragma unroll
-  for (int slot = 0; slot < kAhead; ++slot) {
-    if (int const chunk = warp + slot * kWarps; chunk < chunks) ring[warp][slot][lane].copy(p, n0, chunk, lane);
-    commit_copies();
-  }
-  Finish const early(p, row_of(threadIdx.x), token_of(threadIdx.x));  // of the first round of outputs, mostly the only
-  if constexpr (kStaged) {
-    for (int index = threadIdx.x; index < chunks * kSteps * p.m * 4; index += kWarps * 32) {
-      int const token = index / 4 % p.m, step = index / 4 / p.m;
-      staged[index] = load_x(token, step / kSteps, step % kSteps, index % 4);
-    }
-    __syncthreads();
-  }
-  int first = warp;
-  for (; first + kAhead * kWarps < chunks; first += kAhead * kWarps) {
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int slot = 0; slot < kAhead; ++slot) {
-      int const chunk = first + slot * kWarps, next = chunk + kAhead * kWarps;
-      await_copies<kAhead - 1>();
-      use(slot, chunk);
-      if (next < chunks) ring[warp][slot][lane].copy(p, n0, next, lane);
-      commit_copies();
-    }
-  }
-  unrolled<kAhead>([&](auto slot) {  // the last round, and the only one up to K = 3072 (packed: 4096, int8: 2048)
-    if (int const chunk = first + slot * kWarps; chunk < chunks) {
-      await_copies<kAhead - 1 - slot>();
-      use(slot, chunk);
-    }
-  });
-
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[warp][(group * 32 + lane) * 4 + i] = acc[0][group][i] + acc[1][group][i];
+      for (int i = 0; i < 4; ++i)
+        sums[warp][((tile * kGroups + group) * 32 + lane) * 4 + i] = acc[0][tile][group][i] + acc[1][tile][group][i];
+    }
   }
   __syncthreads();
   for (int index = threadIdx.x; index < kOutputs; index += kWarps * 32) {
     Sum total = sums[0][index];
+#pragma unroll
     for (int w = 1; w < kWarps; ++w) total += sums[w][index];
     if constexpr (std::is_same_v<Sum, int> && kFormat != kBytes) total >>= 4;
     int const row = row_of(index), token = token_of(index);
@@ -167,17 +177,17 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 4 : 1) gemv(Produc
 
 template <Format kFormat, class X>
 int launch(Product const& p, cudaStream_t stream) {
-  int const tiles = (p.n + kRows - 1) / kRows, bytes = staged_bytes<kFormat, X>(p);
+  int const tiles = (p.n + kRows - 1) / kRows, bytes = staged_fragments<kFormat>(p) * int(sizeof(XFragment<X>));
   if (p.m > 8 || bytes > kMostStaged) {
     gemv<kFormat, X, 4><<<dim3(tiles, (p.m + 31) / 32), kWarps * 32, 0, stream>>>(p);
     return cuda_status(cudaGetLastError());
   }
   constexpr auto* kernel = gemv<kFormat, X, 1>;
-  if (bytes > 8 << 10) {  // beside ring and sums in the 48 KB that need no asking
+  if (bytes > 32 << 10) {  // beside the sums in the 48 KB that need no asking
     int const status = cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     if (status != kOk) return status;
   }
-  kernel<<<tiles, kWarps * 32, bytes, stream>>>(p);
+  kernel<<<(tiles + Chunk<kFormat>::kTiles - 1) / Chunk<kFormat>::kTiles, kWarps * 32, bytes, stream>>>(p);
   return cuda_status(cudaGetLastError());
 }
 

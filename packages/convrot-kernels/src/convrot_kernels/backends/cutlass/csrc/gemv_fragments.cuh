@@ -23,33 +23,30 @@ struct Product {
   int bias_dtype, gate_dtype, out_dtype, m, n, k;
 };
 
-// Asynchronous copy of 8 or 16 bytes into shared memory; zeros where not `inside`. Many in flight cost no register.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, void const* from, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from), "n"(kBytes), "r"(inside ? kBytes : 0));
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
-template <int kPending>
-__device__ __forceinline__ void await_copies() {  // orders them before this thread's reads alone
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// What a lane copies at once: one chunk of K for its weight rows g and g + 8, g = lane / 4.
+// What a lane loads at once: one chunk of K for its weight rows g and g + 8, g = lane / 4. Nothing is predicated: beyond
+// the matrix it loads the last row or column again, whose products go nowhere or meet x = 0.
 template <Format kFormat>
 struct Chunk {
   uint4 low, high;  // rows g and g + 8
   static constexpr int kColumns = kFormat == kPacked ? 128 : 64;
   static constexpr int kSteps = kFormat == kPacked ? 4 : 2;
-  __device__ void copy(Product const& p, int n0, int chunk, int lane) {
-    int const bytes = kFormat == kPacked ? p.k / 2 : p.k;
-    int const at = chunk * 64 + (lane & 3) * 16, g = n0 + (lane >> 2);
-    bool const inside = at < bytes;
-    auto const* rows = static_cast<uint8_t const*>(p.weight);
-    bool const first = inside && g < p.n, second = inside && g + 8 < p.n;
-    copy_async<16>(&low, rows + (first ? int64_t(g) * bytes + at : 0), first);
-    copy_async<16>(&high, rows + (second ? int64_t(g + 8) * bytes + at : 0), second);
-  }
+  static constexpr int kTiles = 1, kAhead = 2;  // of a warp: 16-row tiles, chunks under way while as many are used
+
+  // a lane's place in the rows of one tile, and how it moves with the chunk
+  struct Place {
+    uint8_t const *first, *second;
+    int bytes;
+    __device__ Place(Product const& p, int tile, int lane) : bytes(kFormat == kPacked ? p.k / 2 : p.k) {
+      auto const* rows = static_cast<uint8_t const*>(p.weight);
+      int const g = tile * kRows + (lane >> 2);
+      first = rows + int64_t(min(g, p.n - 1)) * bytes, second = rows + int64_t(min(g + 8, p.n - 1)) * bytes;
+    }
+    __device__ void load(Chunk& to, int chunk, int lane) const {
+      int const at = min(chunk * 64 + (lane & 3) * 16, bytes - 16);
+      to.low = __ldcs(reinterpret_cast<uint4 const*>(first + at));
+      to.high = __ldcs(reinterpret_cast<uint4 const*>(second + at));
+    }
+  };
   // column of the first of the eight x that a lane needs in `step`; the second four follow
   static __device__ int column(int chunk, int step, int lane) {
     return chunk * kColumns + (lane & 3) * (kColumns / 4) + step * 8;
@@ -62,10 +59,20 @@ struct Chunk<kReordered> {
   uint2 both;  // low nibbles: row g, high nibbles: row g + 8
   static constexpr int kColumns = 32;
   static constexpr int kSteps = 1;
-  __device__ void copy(Product const& p, int n0, int chunk, int lane) {
-    int64_t const at = (int64_t(chunk) * (p.n / kRows) + n0 / kRows) * 32 + lane;
-    copy_async<8>(&both, static_cast<uint2 const*>(p.weight) + at, true);
-  }
+  static constexpr int kTiles = 2, kAhead = 3;
+
+  struct Place {
+    uint2 const* first;
+    uint32_t step, last;  // bytes from chunk to chunk; the last one
+    __device__ Place(Product const& p, int tile, int lane) : step(p.n / kRows * 256), last(p.k / kColumns - 1) {
+      first = static_cast<uint2 const*>(p.weight) + min(tile, p.n / kRows - 1) * 32 + lane;
+    }
+    __device__ void load(Chunk& to, int chunk, int) const {  // volatile: ahead of the products, where it stands
+      asm volatile("{ .reg .u64 at; mad.wide.u32 at, %2, %3, %4; ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [at]; }"
+                   : "=r"(to.both.x), "=r"(to.both.y)
+                   : "r"(min(uint32_t(chunk), last)), "r"(step), "l"(first));
+    }
+  };
   static __device__ int column(int chunk, int, int lane) { return chunk * kColumns + (lane & 3) * 4; }
   static constexpr int kSecond = 16;
 };
@@ -111,19 +118,33 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t const (&a)[4], uint3
 __device__ __forceinline__ uint32_t bits(__nv_bfloat162 v) { return *reinterpret_cast<uint32_t*>(&v); }
 __device__ __forceinline__ uint32_t bits(__half2 v) { return *reinterpret_cast<uint32_t*>(&v); }
 
-// Nibbles i and i + 4 of w as a pair of 16-bit floats: v ^ 8 in the mantissa of 128 (bf16) or 1024 (fp16), minus that
-// + 8.
+// From nibbles to 16-bit floats. Nibbles i and i + 4 of a word become a pair: v ^ 8 in the top of the mantissa of 16, that
+// is 24 + v. Taking 24 off costs an instruction a pair; a product of -24 with the same x costs one a tile.
+// The constants depend on the arguments as far as a compiler can see: and-xor is one instruction only where one of its
+// two constants is in a register, and a tensor core takes an operand from registers.
 template <bool kHalf>
-__device__ __forceinline__ uint32_t nibble_pair(uint32_t w, int i) {
-  uint32_t const masked = (w >> (4 * i)) & 0x000F000Fu;
-  if constexpr (kHalf) {
-    uint32_t const biased = masked ^ 0x64086408u;
-    return bits(__hsub2(*reinterpret_cast<__half2 const*>(&biased), __float2half2_rn(1032.f)));
-  } else {
-    uint32_t const biased = masked ^ 0x43084308u;
-    return bits(__hsub2(*reinterpret_cast<__nv_bfloat162 const*>(&biased), __float2bfloat162_rn(136.f)));
+struct Nibbles {
+  uint32_t mask, minus[4];
+
+  __device__ explicit Nibbles(Product const& p) {
+    uint32_t const zeros[4] = {uint32_t(p.m) >> 31, uint32_t(p.n) >> 31, uint32_t(p.k) >> 31, uint32_t(p.out_dtype) >> 31};
+    mask = (0x000F000Fu << kPlace) + zeros[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) minus[i] = (kHalf ? 0xCE00CE00u : 0xC1C0C1C0u) + zeros[i];
   }
-}
+  __device__ uint32_t pair(uint32_t w, int i) const {
+    int const up = kPlace - 4 * i;
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;"  // (a & b) ^ c
+        : "=r"(out)
+        : "r"(up >= 0 ? w << up : w >> -up), "r"(mask), "r"((kHalf ? 0x4C004C00u : 0x41804180u) | 0x00080008u << kPlace));
+    return out;
+  }
+
+ private:
+  static constexpr int kPlace = kHalf ? 6 : 3;  // of the mantissa's highest four bits
+};
+
 // Bytes i and i + 1 of w, exact in both types.
 template <bool kHalf>
 __device__ __forceinline__ uint32_t byte_pair(uint32_t w, int i) {
@@ -134,19 +155,21 @@ __device__ __forceinline__ uint32_t byte_pair(uint32_t w, int i) {
 
 // 16-bit fragments: a step of 32 columns is two tiles of 16, `half` says which
 template <bool kHalf>
-__device__ __forceinline__ void fragments16(Chunk<kReordered> const& c, int, int half, uint32_t (&a)[4]) {
+__device__ __forceinline__ void fragments16(Nibbles<kHalf> const& to, Chunk<kReordered> const& c, int, int half,
+                                            uint32_t (&a)[4]) {
   uint32_t const w = half ? c.both.y : c.both.x;
-  a[0] = nibble_pair<kHalf>(w, 0), a[1] = nibble_pair<kHalf>(w, 1), a[2] = nibble_pair<kHalf>(w, 2),
-  a[3] = nibble_pair<kHalf>(w, 3);
+  a[0] = to.pair(w, 0), a[1] = to.pair(w, 1), a[2] = to.pair(w, 2), a[3] = to.pair(w, 3);
 }
 template <bool kHalf>
-__device__ __forceinline__ void fragments16(Chunk<kPacked> const& c, int step, int half, uint32_t (&a)[4]) {
+__device__ __forceinline__ void fragments16(Nibbles<kHalf> const& to, Chunk<kPacked> const& c, int step, int half,
+                                            uint32_t (&a)[4]) {
   uint32_t const g = word(c.low, step), h = word(c.high, step);
-  a[0] = nibble_pair<kHalf>(g, 2 * half), a[1] = nibble_pair<kHalf>(h, 2 * half);
-  a[2] = nibble_pair<kHalf>(g, 2 * half + 1), a[3] = nibble_pair<kHalf>(h, 2 * half + 1);
+  a[0] = to.pair(g, 2 * half), a[1] = to.pair(h, 2 * half);
+  a[2] = to.pair(g, 2 * half + 1), a[3] = to.pair(h, 2 * half + 1);
 }
 template <bool kHalf>
-__device__ __forceinline__ void fragments16(Chunk<kBytes> const& c, int step, int half, uint32_t (&a)[4]) {
+__device__ __forceinline__ void fragments16(Nibbles<kHalf> const&, Chunk<kBytes> const& c, int step, int half,
+                                            uint32_t (&a)[4]) {
   uint32_t const g = word(c.low, 2 * step + half), h = word(c.high, 2 * step + half);
   a[0] = byte_pair<kHalf>(g, 0), a[1] = byte_pair<kHalf>(h, 0), a[2] = byte_pair<kHalf>(g, 2),
   a[3] = byte_pair<kHalf>(h, 2);

@@ -65,7 +65,7 @@ struct Moments {
 };
 
 template <class In, int kPrologue, bool kPrecise, int kMode>
-__device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[4][32], int runs, Moments m);
+__device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[6][32], int runs, Moments m);
 
 template <class In, int kPrologue, bool kPrecise, int kMode>
 struct Row {
@@ -73,7 +73,7 @@ struct Row {
   static constexpr bool kFp32 = std::is_same_v<In, float>, kHalf = std::is_same_v<In, __half>;
 
   Problem const& p;
-  float (&shared)[4][32];  // one line a reduction: a line is written again only after another one's barrier
+  float (&shared)[6][32];  // one line a reduction: a line is written again only after another one's barrier
   int const lane, warp, warps;
   int64_t const row;
   uint4 const factors;
@@ -156,37 +156,38 @@ struct Row {
     };
     if constexpr (kMode == kFull) {
       float variance;
-      Moments const m = measure_full(visit, variance);
+      Moments const m = measure_full(raw, visit, variance);
       return isfinite(variance) ? m : measure<true>(visit, variance);
     } else {
       return moments(visit);
     }
   }
-  // Every lane holds as many values as the next: their own means and squares first, then the means of the lanes, of the
-  // warps. One barrier for what takes `measure` two, and as good as two passes over the row.
+  // Every warp holds as many values as the next: its own mean (a product with ones: the sum is fp32) and the squares
+  // about it, then those of the warps. One barrier for what takes `measure` two, and as good as two passes over the row.
   template <class Visit>
-  __device__ Moments measure_full(Visit visit, float& variance) const {
-    constexpr int kValues = kPanels * 8;
-    float sum = 0.f, squares = 0.f;
-    visit([&](float4 v) { sum += (v.x + v.y) + (v.z + v.w); });
-    float mean = sum * (1.f / kValues);
+  __device__ Moments measure_full(Values const& raw, Visit visit, float& variance) const {
+    constexpr uint32_t kOnes = kHalf ? 0x3C003C00u : 0x3F803F80u;
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < kPanels * 2; ++i) mma<kHalf>(sums, kOnes, kOnes, raw[i / 2][i % 2].x, raw[i / 2][i % 2].y);
+    float mean = sums[0] + sums[1], squares = 0.f;
+    mean += __shfl_xor_sync(~0u, mean, 1);
+    mean = (mean + __shfl_xor_sync(~0u, mean, 2)) * (1.f / kRun);
     visit([&](float4 v) {
       v = each(v, [&](float e) { return e - mean; });
       squares = fmaf(v.x, v.x, squares), squares = fmaf(v.y, v.y, squares);
       squares = fmaf(v.z, v.z, squares), squares = fmaf(v.w, v.w, squares);
     });
-    float const warp_mean = warp_sum(mean) * (1.f / 32);
-    mean -= warp_mean;
-    squares = warp_sum(fmaf(mean * float(kValues), mean, squares));
-    mean = warp_mean;
+    squares = warp_sum(squares);
     if (warps > 1) {
-      if (lane == 0) shared[0][warp] = mean, shared[1][warp] = squares;
+      if (lane == 0) shared[4][warp] = mean, shared[5][warp] = squares;
       __syncthreads();
-      bool const mine = lane < warps;
-      float const block_mean = warp_sum(mine ? shared[0][lane] : 0.f) * (p.inverse_k * kRun);  // of `warps` means
-      float const off = mine ? shared[0][lane] - block_mean : 0.f;
-      squares = warp_sum(fmaf(off * float(32 * kValues), off, mine ? shared[1][lane] : 0.f));
-      mean = block_mean;
+      bool const mine = lane < warps;  // about the first warp's mean, so that both sums go at once
+      float const first = shared[4][0], off = mine ? shared[4][lane] - first : 0.f;
+      float const moved = warp_sum(off) * (p.inverse_k * kRun);
+      squares = warp_sum(fmaf(off * float(kRun), off, mine ? shared[5][lane] : 0.f));
+      squares = fmaf(moved * float(-p.k), moved, squares);
+      mean = first + moved;
     }
     variance = squares * p.inverse_k;
     float const inverse = rsqrtf(variance + p.eps);
@@ -394,7 +395,7 @@ struct Row {
 };
 
 template <class In, int kPrologue, bool kPrecise, int kMode>
-__device__ Row<In, kPrologue, kPrecise, kMode> row_of_block(Problem const& p, float (&shared)[4][32]) {
+__device__ Row<In, kPrologue, kPrecise, kMode> row_of_block(Problem const& p, float (&shared)[6][32]) {
   int const lane = threadIdx.x & 31;
   uint4 const factors = fragments_of<std::is_same_v<In, __half>>(p.group, lane);
   return {p, shared, lane, int(threadIdx.x >> 5), int(blockDim.x >> 5), int64_t(blockIdx.x), factors};
@@ -402,7 +403,7 @@ __device__ Row<In, kPrologue, kPrecise, kMode> row_of_block(Problem const& p, fl
 
 // a row with inf or NaN, or one whose sums left fp32 on the way: rare, so out of line and with nothing kept from before
 template <class In, int kPrologue, bool kPrecise, int kMode>
-__device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[4][32], int runs, Moments m) {
+__device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[6][32], int runs, Moments m) {
   auto const row = row_of_block<In, kPrologue, kPrecise, kMode>(p, shared);
   row.write_row(runs, m, kDamp, row.step_of(row.reach_of_row(runs, m, kDamp, 3), kDamp));
 }
@@ -416,7 +417,7 @@ constexpr int registers = (sizeof(In) == 4 || kMode == kStream)                 
 template <class In, int kPrologue, bool kPrecise, int kMode>
 __global__ void __maxnreg__((registers<In, kPrologue, kPrecise, kMode>))
     rotate_quantize(__grid_constant__ Problem const p, int runs) {
-  __shared__ float shared[4][32];
+  __shared__ float shared[6][32];
   row_of_block<In, kPrologue, kPrecise, kMode>(p, shared).run_all(runs);
 }
 
@@ -481,7 +482,7 @@ CONVROT_EXPORT int CONVROT_JOIN(convrot_rotate_quantize_,
                   bits == 4 ? 1.f / 7.f : 1.f / 127.f,
                   clip,
                   1.f / float(k)};
-  bool const precise = bits == 8 || group < 256;
+  bool const precise = bits == 8 || group < 256 || k > kRun * kMaxWarps;  // streamed rows wait for memory anyway
   auto const at = static_cast<cudaStream_t>(stream);
   switch (prologue) {
     case kNone:

@@ -25,7 +25,11 @@ def products() -> None:
         [(1, 48, 96), (7, 80, 160), (40, 272, 512), (129, 144, 320), (300, 96, 64)], (torch.bfloat16, torch.float32)
     ):
         a, b = make_codes(m, k, device=DEVICE), make_codes(n, k, device=DEVICE, seed=1)
-        a_scale, b_scale, bias = make_scale(m, device=DEVICE), make_scale(n, device=DEVICE, seed=1), torch.randn(n).cuda()
+        a_scale, b_scale, bias = (
+            make_scale(m, device=DEVICE),
+            make_scale(n, device=DEVICE, seed=1),
+            torch.randn(n).cuda(),
+        )
         packed = ck.pack_int4(b)
         for weight, order in ((ck.prepare_weight(packed, layout), layout), (packed, "row_major"), (b, "row_major")):
             expected = reference.scaled_mm(a, weight, a_scale, b_scale, bias, out_dtype, b_layout=order)

@@ -136,9 +136,7 @@ def time_graphs(
     return {name: median(values) for name, values in samples.items()}
 
 
-def _capture(
-    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
-) -> tuple[torch.cuda.CUDAGraph, int]:
+def _capture(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> tuple[torch.cuda.CUDAGraph, int]:
     """-> the graph of one call for each argument set, all of them repeated until it runs for a millisecond; calls."""
     for some in arguments[:3]:
         function(*some)

@@ -64,7 +64,7 @@ def _quantize(
             seam,
             *((None, 0) if scale is None else (scale.data_ptr(), DTYPES[scale.dtype])),
             *((None, 0) if shift is None else (shift.data_ptr(), DTYPES[shift.dtype])),
-            *(0 if scale is None else scale.stride(0), rows.shape[0] // samples, eps),
+            *(0 if scale is None or samples == 1 else scale.stride(0), rows.shape[0] // samples, eps),
             *(codes.data_ptr(), row_scale.data_ptr(), rows.shape[0], k, group_size, bits, packed, prologue, clip),
             torch.cuda.current_stream().cuda_stream,
         )

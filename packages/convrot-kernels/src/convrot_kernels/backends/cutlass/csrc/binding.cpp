@@ -344,7 +344,7 @@ struct Quantize {
         row_scale.allocate(x, 0, kFloat32) &&
         reinterpret_cast<Quantizer>(kernel.function)(
             x.data, rows.stride, y.data, more.stride, int(seam), scale.data, modulated ? scale.dtype : 0, shift.data,
-            modulated ? shift.dtype : 0, modulated ? vector_stride : 0, int(rows.count / samples), float(eps),
+            modulated ? shift.dtype : 0, samples > 1 ? vector_stride : 0, int(rows.count / samples), float(eps),
             codes.data, row_scale.data, int(rows.count), int(k), int(group), int(bits), packed, prologue, float(clip),
             on.stream) == 0;
     if (!done) return codes.drop(), row_scale.drop(), false;

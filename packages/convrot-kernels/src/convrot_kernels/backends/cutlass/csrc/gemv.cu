@@ -1,19 +1,22 @@
 // Products with few rows, and every product that no GEMM variant fits: out (M, N) = epilogue(x (M, K) . weight (N,
 // K)^T).
 //
-// A warp takes 16 weight rows and eight tokens: that is one m16n8 tensor-core tile, so 8 tokens cost what one costs and
+// A warp takes tiles of 16 weight rows and eight tokens, m16n8 on tensor cores, so that 8 tokens cost what one costs and
 // the kernel is bound by reading the weight. The warps of a block split K; their sums meet in shared memory in a fixed
 // order (two runs are bit-identical). Weight formats: nibbles in the order of layouts.py (a fragment is the 8 bytes of
 // a lane), packed row-major nibbles, int8. x: int8 codes (exact int32 sums) or bf16, fp16, fp32 values (fp32 sums: the
 // products are exact, fp32 x is split into three bf16 terms). The K order inside a step is permuted, alike in both
 // operands, so that each lane uses the bytes as they were loaded.
 // K % 32 == 0, rows contiguous and 16-byte aligned: the launcher pads.
+//
+// N = 18432, K = 3072, M = 1 on an H200: codes 9.8 us, bf16 values 12.5 us, torch.matmul 30.5 us. Lost there: a ring of
+// asynchronous copies (14.0, 18.2), x as int8 digits with one exponent a row (12.8 for values, 20.8 at M = 8), one tile a
+// warp (11.0, 14.3), unbiased nibbles (9.5, 13.1).
 #include "gemv_fragments.cuh"
 
 namespace convrot {
 namespace {
 
-constexpr int kWarps = 8;  // a block's; they split K
 constexpr int kMostStaged = 60 << 10;  // bytes of x: two blocks an SM, also with the 99 KB of sm_86
 
 // acc += one step of a chunk times the x that its columns meet
@@ -67,12 +70,12 @@ __host__ __device__ int staged_fragments(Product const& p) {
 
 // kGroups groups of eight tokens. x of a single group stands in shared memory, fragment by fragment: every warp of a
 // block reads all of it. x of more is read where it is.
-template <Format kFormat, class X, int kGroups>
-__global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 1) gemv(Product const p) {
+template <Format kFormat, class X, int kGroups, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kGroups > 1 ? 1 : kWarps == 4 ? 5 : 3) gemv(Product const p) {
   using Weight = Chunk<kFormat>;
   using Sum = std::conditional_t<std::is_same_v<X, int8_t>, int, float>;
   constexpr bool kStaged = kGroups == 1;
-  constexpr int kSteps = Weight::kSteps, kAhead = Weight::kAhead, kTiles = kStaged ? Weight::kTiles : 1;
+  constexpr int kSteps = Weight::kSteps, kAhead = Weight::kAhead + (kWarps == 4), kTiles = kStaged ? Weight::kTiles : 1;
   constexpr int kOutputs = kTiles * kGroups * 128;
   extern __shared__ uint4 dynamic[];
   __shared__ Sum sums[kWarps][kOutputs];
@@ -110,10 +113,20 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 1) gemv(Produc
   };
   int const zeros = staged_fragments<kFormat>(p) - 1;
   if constexpr (kStaged) {
+    constexpr int kAtOnce = sizeof(XFragment<X>) > 16 ? 1 : 4;  // loads before the first store waits for them
     for (int token = 0; token < p.m; ++token) {
-      for (int index = threadIdx.x; index < chunks * kSteps * 4; index += kWarps * 32) {
-        int const step = index / 4;
-        staged[(step * p.m + token) * 4 + index % 4] = load_x(token, step / kSteps, step % kSteps, index % 4);
+      for (int first = threadIdx.x; first < chunks * kSteps * 4; first += kAtOnce * kWarps * 32) {
+        XFragment<X> x[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          int const index = first + i * kWarps * 32, step = index / 4;
+          x[i] = load_x(token, step / kSteps, step % kSteps, index % 4);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          int const index = first + i * kWarps * 32;
+          if (index < chunks * kSteps * 4) staged[(index / 4 * p.m + token) * 4 + index % 4] = x[i];
+        }
       }
     }
     if (threadIdx.x == 0) staged[zeros] = XFragment<X>{};
@@ -175,20 +188,24 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 1) gemv(Produc
   }
 }
 
-template <Format kFormat, class X>
-int launch(Product const& p, cudaStream_t stream) {
-  int const tiles = (p.n + kRows - 1) / kRows, bytes = staged_fragments<kFormat>(p) * int(sizeof(XFragment<X>));
-  if (p.m > 8 || bytes > kMostStaged) {
-    gemv<kFormat, X, 4><<<dim3(tiles, (p.m + 31) / 32), kWarps * 32, 0, stream>>>(p);
-    return cuda_status(cudaGetLastError());
-  }
-  constexpr auto* kernel = gemv<kFormat, X, 1>;
+template <Format kFormat, class X, int kGroups, int kWarps>
+int launch(Product const& p, int bytes, cudaStream_t stream) {
+  constexpr auto* kernel = gemv<kFormat, X, kGroups, kWarps>;
   if (bytes > 32 << 10) {  // beside the sums in the 48 KB that need no asking
     int const status = cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     if (status != kOk) return status;
   }
-  kernel<<<(tiles + Chunk<kFormat>::kTiles - 1) / Chunk<kFormat>::kTiles, kWarps * 32, bytes, stream>>>(p);
+  int const rows = kRows * (kGroups == 1 ? Chunk<kFormat>::kTiles : 1), tokens = 8 * kGroups;
+  kernel<<<dim3((p.n + rows - 1) / rows, (p.m + tokens - 1) / tokens), kWarps * 32, bytes, stream>>>(p);
   return cuda_status(cudaGetLastError());
+}
+
+template <Format kFormat, class X>
+int launch(Product const& p, cudaStream_t stream) {
+  int const bytes = staged_fragments<kFormat>(p) * int(sizeof(XFragment<X>));
+  if (p.m > 8 || bytes > kMostStaged) return launch<kFormat, X, 4, 8>(p, 0, stream);
+  // many rows: blocks of half the warps, so that all of N = 18432 are on an H200 at once
+  return p.n >= 12288 ? launch<kFormat, X, 1, 4>(p, bytes, stream) : launch<kFormat, X, 1, 8>(p, bytes, stream);
 }
 
 template <Format kFormat>

@@ -67,6 +67,11 @@ struct Moments {
 template <class In, int kPrologue, bool kPrecise, int kMode>
 __device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[6][32], int runs, Moments m);
 
+template <int kDistance>
+__device__ __forceinline__ void add_across(float& a, float& b) {
+  a += __shfl_xor_sync(~0u, a, kDistance), b += __shfl_xor_sync(~0u, b, kDistance);
+}
+
 template <class In, int kPrologue, bool kPrecise, int kMode>
 struct Row {
   using Values = Four<In>[kPanels][2];
@@ -151,47 +156,47 @@ struct Row {
     return {damp * inverse, -mean * inverse};
   }
   __device__ Moments moments_of(Values const& raw, int run) const {
-    auto const visit = [&](auto f) {
-      each_piece(run, [&](int panel, int half, int) { f(widen<In>(raw[panel][half])); });
-    };
-    if constexpr (kMode == kFull) {
-      float variance;
-      Moments const m = measure_full(raw, visit, variance);
-      return isfinite(variance) ? m : measure<true>(visit, variance);
-    } else {
-      return moments(visit);
-    }
+    return moments([&](auto f) { each_piece(run, [&](int panel, int half, int) { f(widen<In>(raw[panel][half])); }); });
   }
+  using Wide = float4[kPanels][2];
   // Every warp holds as many values as the next: its own mean (a product with ones: the sum is fp32) and the squares
   // about it, then those of the warps. One barrier for what takes `measure` two, and as good as two passes over the row.
-  template <class Visit>
-  __device__ Moments measure_full(Values const& raw, Visit visit, float& variance) const {
+  // `centred` is x less the warp's mean; returns its moments, `m` are those of x.
+  __device__ Moments measure_full(Values const& raw, Wide& centred, Moments& m) const {
     constexpr uint32_t kOnes = kHalf ? 0x3C003C00u : 0x3F803F80u;
-    float sums[4] = {};
+    float sums[2][4] = {};  // two chains
 #pragma unroll
-    for (int i = 0; i < kPanels * 2; ++i) mma<kHalf>(sums, kOnes, kOnes, raw[i / 2][i % 2].x, raw[i / 2][i % 2].y);
-    float mean = sums[0] + sums[1], squares = 0.f;
-    mean += __shfl_xor_sync(~0u, mean, 1);
-    mean = (mean + __shfl_xor_sync(~0u, mean, 2)) * (1.f / kRun);
-    visit([&](float4 v) {
-      v = each(v, [&](float e) { return e - mean; });
+    for (int i = 0; i < kPanels * 2; ++i) mma<kHalf>(sums[i % 2], kOnes, kOnes, raw[i / 2][i % 2].x, raw[i / 2][i % 2].y);
+    float own = (sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]), squares = 0.f;
+    own += __shfl_xor_sync(~0u, own, 1);
+    own = (own + __shfl_xor_sync(~0u, own, 2)) * (1.f / kRun);
+#pragma unroll
+    for (int i = 0; i < kPanels * 2; ++i) {
+      float4 const v = each(widen<In>(raw[i / 2][i % 2]), [&](float e) { return e - own; });
       squares = fmaf(v.x, v.x, squares), squares = fmaf(v.y, v.y, squares);
       squares = fmaf(v.z, v.z, squares), squares = fmaf(v.w, v.w, squares);
-    });
+      centred[i / 2][i % 2] = v;
+    }
     squares = warp_sum(squares);
+    float mean = own;
     if (warps > 1) {
-      if (lane == 0) shared[4][warp] = mean, shared[5][warp] = squares;
+      if (lane == 0) shared[4][warp] = own, shared[5][warp] = squares;
       __syncthreads();
-      bool const mine = lane < warps;  // about the first warp's mean, so that both sums go at once
-      float const first = shared[4][0], off = mine ? shared[4][lane] - first : 0.f;
-      float const moved = warp_sum(off) * (p.inverse_k * kRun);
-      squares = warp_sum(fmaf(off * float(kRun), off, mine ? shared[5][lane] : 0.f));
+      // about the first warp's mean, so that both sums go at once; lanes repeat what the first 4 or 16 hold
+      int const other = lane & (warps > 4 ? kMaxWarps - 1 : 3);
+      bool const there = other < warps;
+      float const first = shared[4][0];
+      float off = there ? shared[4][other] - first : 0.f;
+      squares = fmaf(off * float(kRun), off, there ? shared[5][other] : 0.f);
+      if (warps > 4) add_across<8>(off, squares), add_across<4>(off, squares);
+      add_across<2>(off, squares), add_across<1>(off, squares);
+      float const moved = off * (p.inverse_k * kRun);
       squares = fmaf(moved * float(-p.k), moved, squares);
       mean = first + moved;
     }
-    variance = squares * p.inverse_k;
-    float const inverse = rsqrtf(variance + p.eps);
-    return {inverse, -mean * inverse};
+    float const inverse = rsqrtf(fmaf(squares, p.inverse_k, p.eps));
+    m = {inverse, -mean * inverse};
+    return {inverse, (own - mean) * inverse};
   }
   __device__ Moments moments_of_row(int runs) const {
     return moments([&](auto f) {
@@ -229,24 +234,43 @@ struct Row {
       });
     }
     if constexpr (kPrologue == kModulate) {
-      // asked once a run, not once a value; the streamed mode is bound by other things
-      bool const same = p.scale_dtype == dtype_of<In> && p.shift_dtype == dtype_of<In>;
-      if (kMode != kStream && same) modulate<true>(run, raw, m);
-      else modulate<false>(run, raw, m);
+      modulate(run, raw, m, [&](int panel, int half) { return widen<In>(raw[panel][half]); });
     }
   }
-  template <bool kSameDtype>
-  __device__ void modulate(int run, Values& raw, Moments const& m) const {
+  // raw = (value * m.scale + m.offset) * (1 + gain) + shift, rounded once
+  template <class Value>
+  __device__ void modulate(int run, Values& raw, Moments const& m, Value value) const {
+    // asked once a run, not once a value; the streamed mode is bound by other things
+    bool const same = p.scale_dtype == dtype_of<In> && p.shift_dtype == dtype_of<In>;
+    if (kMode != kStream && same) modulate<true>(run, raw, m, value);
+    else modulate<false>(run, raw, m, value);
+  }
+  template <bool kSameDtype, class Value>
+  __device__ void modulate(int run, Values& raw, Moments const& m, Value value) const {
     int64_t const vector = p.vector_stride ? int(row) / p.rows_per_vector * p.vector_stride : 0;
     each_piece(run, [&](int panel, int half, int at) {
-      int const gain_dtype = kSameDtype ? dtype_of<In> : p.scale_dtype, shift_dtype = kSameDtype ? dtype_of<In> : p.shift_dtype;
-      float4 const gain = vector_four(p.scale, gain_dtype, vector + at);
-      float4 const offset = vector_four(p.shift, shift_dtype, vector + at);
-      float4 const v = each(widen<In>(raw[panel][half]), [&](float e) { return fmaf(e, m.scale, m.offset); });
-      raw[panel][half] =
-          narrow<In>(make_float4(fmaf(v.x, 1.f + gain.x, offset.x), fmaf(v.y, 1.f + gain.y, offset.y),
-                                 fmaf(v.z, 1.f + gain.z, offset.z), fmaf(v.w, 1.f + gain.w, offset.w)));
+      float4 const gain = vector_four(p.scale, kSameDtype ? dtype_of<In> : p.scale_dtype, vector + at);
+      float4 const shift = vector_four(p.shift, kSameDtype ? dtype_of<In> : p.shift_dtype, vector + at);
+      float4 const v = each(value(panel, half), [&](float e) { return fmaf(e, m.scale, m.offset); });
+      raw[panel][half] = narrow<In>(make_float4(fmaf(v.x, 1.f + gain.x, shift.x), fmaf(v.y, 1.f + gain.y, shift.y),
+                                                fmaf(v.z, 1.f + gain.z, shift.z), fmaf(v.w, 1.f + gain.w, shift.w)));
     });
+  }
+  // LayerNorm and all of a row in registers; returns the moments of x
+  __device__ Moments standardize_and_modulate(Values& raw) const {
+    if constexpr (kMode == kFull) {
+      Wide centred;
+      Moments m;
+      Moments const of_centred = measure_full(raw, centred, m);
+      if (isfinite(m.scale) && m.scale > 0.f) {  // else squares have left fp32, or the row is broken
+        modulate(warp, raw, of_centred, [&](int panel, int half) { return centred[panel][half]; });
+        return m;
+      }
+      load(warp, raw);  // rather than kept in registers
+    }
+    Moments const m = moments_of(raw, warp);
+    prologue(warp, raw, m);
+    return m;
   }
 
   // c (columns of X H16, row of X) += H16 . X^T for half a panel
@@ -383,8 +407,8 @@ struct Row {
       Values raw;
       float y[kPanels][8];
       load(warp, raw);
-      if constexpr (kPrologue == kModulate) m = moments_of(raw, warp);
-      prologue(warp, raw, m);
+      if constexpr (kPrologue == kModulate) m = standardize_and_modulate(raw);
+      else prologue(warp, raw, m);
       float const reach = block_max(rotate(raw, y, 1.f), 2);
       if (!isfinite(reach)) return repeat_damped<In, kPrologue, kPrecise, kMode>(p, shared, runs, m);
       Step step = step_of(reach, 1.f);

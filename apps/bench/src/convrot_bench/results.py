@@ -141,7 +141,8 @@ class Writer:
 
 def _command() -> str:
     """The command line without the folders of the machine it ran on."""
-    return " ".join([Path(sys.argv[0]).name, *(a.replace(str(Path.cwd()) + "/", "") for a in sys.argv[1:])])
+    plain = (a.replace(str(Path.cwd()) + "/", "") for a in sys.argv[1:])
+    return " ".join([Path(sys.argv[0]).name, *(Path(a).name if Path(a).is_absolute() else a for a in plain)])
 
 
 def load(paths: Iterable[Path]) -> list[dict[str, Any]]:

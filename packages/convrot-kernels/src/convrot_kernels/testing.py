@@ -13,8 +13,8 @@ from convrot_kernels.ops import unpack_int4
 
 MISMATCHES = 1e-5  # the share of codes by which a backend may differ from reference, each by one step; one is chance
 SCALE_RTOL = 1e-5
-# After a prologue, the share of rows whose scale may be further off: its one rounding to 16 bits falls the other way for
-# a few inputs (two fp32 functions differ by 1e-7), and where such an input makes the row's maximum, by up to a 16-bit step.
+# After a prologue, the share of rows whose scale may be further off: its one rounding to 16 bits falls the other way
+# for a few inputs (two fp32 functions differ by 1e-7), and the row's maximum may hang on one of them.
 FLIPPED_ROWS, FLIPPED_RTOL = 2e-3, 2.0**-8
 
 

@@ -12,10 +12,10 @@ reciprocal alone misses them; elsewhere one FMA multiplies by it and rounds (2e-
 Terms between the two factors of H: 2 for 4-bit codes of 16-bit inputs in groups of 256 (2e-6 of the codes are off by a
 step), else 3 (none of 9 million).
 
-On an H200 (bf16, no prologue, 4 bits, 4608 rows) fastest are one pass of 4096 columns and 4 warps at K = 3072 (21 us), and
-two of 1024 columns and 1 warp at 12288 (87 us) and 15360 (109 us, against 140 in one pass of 16384). Lost there: the
-product with H_256 itself (5 to 10 times slower), butterflies by reshape and split (2 to 5 times), transposing between the
-factors (up to 15 %), two passes of 512, 2048, 4096 and 8192 columns.
+On an H200 (bf16, no prologue, 4 bits, 4608 rows) fastest are one pass of 4096 columns and 4 warps at K = 3072 (21 us),
+and two of 1024 columns and 1 warp at 12288 (87 us) and 15360 (109 us, against 140 in one pass of 16384). Lost there:
+the product with H_256 itself (5 to 10 times slower), butterflies by reshape and split (2 to 5 times), transposing
+between the factors (up to 15 %), two passes of 512, 2048, 4096 and 8192 columns.
 Not tried: three parts of a power of two instead of padding K = 3072 to 4096, several rows a program.
 """
 
@@ -247,7 +247,8 @@ def _launch(
         _rotate_quantize[(m,)](
             rows, more, gain, shift, codes, scale, *tables(group_size, x.dtype, x.device),
             k, rows.shape[1], rows.stride(0), more.stride(0), gain_stride, shift_stride, sample_rows, eps, clip,
-            prologue, group_size, SHRINK[group_size], terms, QMAX[bits], clip < 1, ties, packed, blocks.columns, blocks.steps,
+            prologue, group_size, SHRINK[group_size], terms, QMAX[bits], clip < 1, ties, packed,
+            blocks.columns, blocks.steps,
             num_warps=blocks.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale

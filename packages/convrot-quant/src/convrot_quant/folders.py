@@ -25,8 +25,8 @@ def replace_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[P
     _refuse(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    building.mkdir()
     try:
+        building.mkdir()  # inside, since a signal may come right after it
         yield building
         _sync(building)
         _refuse(target, overwrite)

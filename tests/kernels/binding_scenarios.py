@@ -54,6 +54,13 @@ CASES: dict[str, Callable[[], Call]] = {
     ),
     "silu mul": lambda: (ck.rotate_quantize_silu_mul, _x(4, 3, 1024).chunk(2, -1), {}),
     "cat gelu": lambda: (ck.rotate_quantize_cat_gelu, (_x(4, 3, 256), _x(4, 3, 1024)[..., :512]), {}),
+    "norm and rope": lambda: (ck.norm_rope, (_x(2, 5, 256), *_x(2, 32), *torch.ones(2, 5, 32)), {"eps": 1e-5}),
+    "norm and rope of columns": lambda: (
+        ck.norm_rope, (_x(1, 5, 512)[..., :256], *_x(2, 64).float(), *torch.ones(2, 5, 64)), {}
+    ),
+    "joint norm and rope": lambda: (
+        ck.norm_rope_joint, (_x(2, 3, 192), _x(2, 5, 384)[..., 64:256], *_x(4, 32), *torch.ones(2, 8, 32)), {}
+    ),
     "product": lambda: (ck.scaled_mm, (*_operands(300), _bias()), IN_BLOCKS),
     "product of few rows": lambda: (ck.scaled_mm, _operands(2, 20), IN_BLOCKS),
     "product to fp16": lambda: (ck.scaled_mm, (*_operands(64), None, torch.float16), IN_BLOCKS),
@@ -75,7 +82,8 @@ CASES: dict[str, Callable[[], Call]] = {
         ck.scaled_mm_gate_residual, (*_operands(2, 20), None, _x(2, 128), _x(2, 20, 128, seed=2)), IN_BLOCKS
     ),
 }  # fmt: skip
-OUTPUTS = {"convrot_gemv": (12,), "sm90": (10,), "convrot_rotate_quantize": (12, 13)}  # which arguments are results
+OUTPUTS = {"convrot_gemv": (12,), "sm90": (10,), "convrot_rotate_quantize": (12, 13)}
+OUTPUTS["convrot_norm_rope"] = (14, 15, 16)  # which arguments are results; v may be none
 
 
 def _results(call: Call) -> tuple[Tensor, ...]:
@@ -103,7 +111,7 @@ def test_the_second_call_does_without_python_what_the_first_did(kernels: Any, ca
     assert [(t.shape, t.stride(), t.dtype) for t in second] == [(t.shape, t.stride(), t.dtype) for t in first]
     name, arguments = repeated[0]
     places = next(places for start, places in OUTPUTS.items() if name.startswith(start))
-    assert [arguments[place] for place in places] == [tensor.data_ptr() for tensor in second]
+    assert [arguments[place] for place in places][: len(second)] == [tensor.data_ptr() for tensor in second]
     assert all(torch.equal(got, wanted) and (got == 1).all() for got, wanted in zip(second, copies, strict=True))
 
 
@@ -132,6 +140,12 @@ LIKE_A_LEARNED_CALL: dict[str, tuple[str, Callable[[tuple[Any, ...]], tuple[Any,
     "x one row for all": ("quantize", lambda args: (args[0][:1].expand(64, 512),)),
     "chunks of two strides": ("modulate with chunks", lambda args: (*args[:2], args[2].contiguous(), args[3])),
     "y misaligned": ("silu mul", lambda args: (args[0], _misaligned(args[1]))),
+    "q and k misaligned": ("norm and rope", lambda args: (_misaligned(args[0]), *args[1:])),
+    "a weight of another dtype": ("norm and rope", lambda args: (*args[:2], args[2].half(), *args[3:])),
+    "a weight not contiguous": ("norm and rope", lambda args: (args[0], _every_other(args[1]), *args[2:])),
+    "cos in 16 bits": ("norm and rope", lambda args: (*args[:3], args[3].bfloat16(), args[4])),
+    "sin misaligned": ("joint norm and rope", lambda args: (*args[:-1], _misaligned(args[-1]))),
+    "text not contiguous": ("joint norm and rope", lambda args: (_every_other(args[0]), *args[1:])),
     "a not contiguous": ("product", lambda args: (_every_other(args[0]), *args[1:])),
     "a misaligned": ("product", lambda args: (_misaligned(args[0]), *args[1:])),
     "b misaligned": ("product", lambda args: (args[0], _misaligned(args[1]), *args[2:])),

@@ -48,6 +48,8 @@ void fill(int dtype, void* out, int64_t stride, int rows, int columns) {
 }
 """
 BODIES = {
+    "convrot_norm_rope": "void* out[] = {a14, a15, a16}; int c = a20 * a21; "
+    "for (int i = 0; i < 3; ++i) if (out[i]) fill(a6, out[i], c, (a18 + a19) * a17, c);",
     "convrot_gemv": "fill(a13, a12, a14, a15, a16);",
     "convrot_rotate_quantize": "int c = a18 ? a15 / 2 : a15; fill<char>(a12, c, a14, c, 1), fill(0, a13, 1, a14, 1);",
 }

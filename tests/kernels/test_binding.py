@@ -71,6 +71,7 @@ def _declared(alias: str) -> list[Any]:
 def test_the_kernels_signatures_are_the_library_s() -> None:
     assert _declared("Gemm") == list(library._GEMM)
     assert _declared("Gemv") == list(library._PLAIN["convrot_gemv"])
+    assert _declared("Attended") == list(library._PLAIN["convrot_norm_rope"])
     assert _declared("Quantizer") == list(library._PLAIN["convrot_rotate_quantize_bf16"])
 
 

@@ -85,7 +85,14 @@ def test_units_hold_every_variant_of_the_arch_and_what_is_not_generated() -> Non
     for arch in ARCHS:
         names = [unit.name for unit in units(arch)]
         assert names[: -len(names) + len(of_arch(arch))] == [variant.name for variant in of_arch(arch)]
-        assert {"gemv", "abi", "rotate_quantize_bf16", "rotate_quantize_fp16", "rotate_quantize_fp32"} <= set(names)
+        assert {
+            "gemv",
+            "norm_rope",
+            "abi",
+            "rotate_quantize_bf16",
+            "rotate_quantize_fp16",
+            "rotate_quantize_fp32",
+        } <= set(names)
 
 
 def test_the_key_changes_with_arch_flags_version_text_and_abi(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +253,9 @@ def test_nvcc_builds_a_library_that_loads_and_answers(tmp_path: Path, monkeypatc
     except BuildError as error:
         pytest.skip(str(error))
     variant = next(variant for variant in of_arch(ARCH) if variant.weight == "s8")
-    wanted = [unit for unit in units(ARCH) if unit.name in (variant.name, "gemv", "abi", "rotate_quantize_bf16")]
+    wanted = [
+        unit for unit in units(ARCH) if unit.name in (variant.name, "gemv", "norm_rope", "abi", "rotate_quantize_bf16")
+    ]
     monkeypatch.setenv("CONVROT_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "units", lambda arch: tuple(wanted))
     monkeypatch.setattr(library, "of_arch", lambda arch: (variant,))

@@ -145,6 +145,29 @@ def test_chunks_of_a_modulation_are_read_where_they_lie(recorder: _Recorder) -> 
     assert arguments[5:11] == (scale.data_ptr(), 2, shift.data_ptr(), 2, 6 * 512, 5)
 
 
+def test_norm_rope_reads_the_columns_of_a_wider_projection(recorder: _Recorder) -> None:
+    wide, tables = make_inputs(2, 5, 1024), torch.ones(2, 5, 64)
+    cutlass.norm_rope(wide[..., :512], *torch.ones(2, 64).bfloat16(), *tables)
+    cutlass.norm_rope(wide[..., 1:513], torch.ones(64).bfloat16(), torch.ones(64), *tables)
+    (name, view), (_, copied) = recorder.calls
+    assert name == "convrot_norm_rope"
+    assert view[:7] == (None, 0, 0, wide.data_ptr(), 5120, 1024, 2)
+    assert view[11] == 2  # both weights as they are, in bf16
+    assert view[17:22] == (2, 0, 5, 4, 64)
+    assert copied[4:6] == (2560, 512)
+    assert copied[11] == 0
+
+
+def test_joint_norm_rope_is_one_launch(recorder: _Recorder) -> None:
+    text, image = make_inputs(1, 3, 768), make_inputs(1, 5, 768, seed=1)
+    q, k, v = cutlass.norm_rope_joint(text, image, *torch.ones(4, 64).bfloat16(), *torch.ones(2, 8, 64))
+    ((_, arguments),) = recorder.calls
+    assert arguments[:7] == (text.data_ptr(), 2304, 768, image.data_ptr(), 3840, 768, 2)
+    assert arguments[14:22] == (q.data_ptr(), k.data_ptr(), v.data_ptr(), 1, 3, 5, 4, 64)
+    assert cutlass.norm_rope(image[:, :0, :512], *torch.ones(2, 64), *torch.ones(2, 0, 64))[0].shape == (1, 0, 4, 64)
+    assert len(recorder.calls) == 1
+
+
 def test_quantizer_gets_the_rows_of_any_view(recorder: _Recorder) -> None:
     x = make_inputs(64, 1040)
     cutlass.rotate_quantize(x[::3, 8:1032])

@@ -7,9 +7,9 @@ from convrot_kernels.backends.cutlass.products import BLOCKS
 from convrot_kernels.testing import assert_equal, make_codes, make_scale
 
 
-def _offset(n: Tensor, k: Tensor, rows: int) -> Tensor:
+def _offset(n: Tensor, k: Tensor, columns: int) -> Tensor:
     """Nibble offset of weight (n, k): CUTLASS's layout function, block by block."""
-    block = k // 32 * (rows // 16) + n // 16
+    block = n // 16 * (columns // 32) + k // 32
     row, column = n % 16, k % 32
     return 512 * block + 64 * (row % 8) + row // 8 + 2 * (column % 4) + 16 * (column // 4 % 4) + 8 * (column // 16)
 
@@ -18,7 +18,7 @@ def _offset(n: Tensor, k: Tensor, rows: int) -> Tensor:
 def test_every_nibble_lies_at_the_offset_of_the_closed_form(n: int, k: int) -> None:
     codes = make_codes(n, k)
     resident = unpack_int4(prepare_weight(pack_int4(codes), BLOCKS)).flatten()
-    where = _offset(torch.arange(n)[:, None], torch.arange(k)[None], n)
+    where = _offset(torch.arange(n)[:, None], torch.arange(k)[None], k)
     assert_equal(where.flatten().sort().values, torch.arange(n * k))  # a permutation
     assert_equal(resident[where], codes)
 
@@ -40,6 +40,12 @@ def test_extents_off_the_block_and_int8_codes_stay_row_major(weight: Tensor) -> 
     assert prepare_weight(wide, BLOCKS) is wide
 
 
+def test_weights_stacked_along_n_are_stacked_in_memory() -> None:
+    parts = [torch.randint(0, 256, (n, 48), dtype=torch.uint8) for n in (16, 64, 32)]
+    stacked = torch.cat([prepare_weight(part, BLOCKS) for part in parts])
+    assert_equal(stacked, prepare_weight(torch.cat(parts), BLOCKS))
+
+
 def test_a_non_contiguous_weight_is_prepared_from_its_values() -> None:
     packed = torch.randint(0, 256, (64, 32), dtype=torch.uint8)
     assert_equal(prepare_weight(packed.t().contiguous().t(), BLOCKS), prepare_weight(packed, BLOCKS))
@@ -48,7 +54,7 @@ def test_a_non_contiguous_weight_is_prepared_from_its_values() -> None:
 def test_the_eight_bytes_of_a_lane_are_its_tensor_core_fragment() -> None:
     # lane (g, t) of m16n8k32: rows g and g + 8, columns 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3
     codes = make_codes(32, 64)
-    resident = prepare_weight(pack_int4(codes), BLOCKS).flatten().view(2, 2, 32, 8)  # (k block, n block, lane, byte)
+    resident = prepare_weight(pack_int4(codes), BLOCKS).flatten().view(2, 2, 32, 8)  # (n block, k block, lane, byte)
     for lane in range(32):
         g, t = divmod(lane, 4)
         low, high = unpack_int4(resident[1, 1, lane]).view(8, 2).unbind(1)

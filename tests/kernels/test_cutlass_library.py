@@ -59,6 +59,11 @@ def test_the_gemv_signatures_are_the_source_s(function: str) -> None:
     assert list(library._PLAIN[function]) == _declared("gemv.cu", f"CONVROT_EXPORT int {function}")
 
 
+def test_the_signature_of_norm_rope_is_the_source_s() -> None:
+    declared = _declared("norm_rope.cu", "CONVROT_EXPORT int convrot_norm_rope")
+    assert list(library._PLAIN["convrot_norm_rope"]) == declared
+
+
 def test_the_quantizer_s_signature_is_the_source_s() -> None:
     declared = _declared(
         "rotate_quantize.cu", "CONVROT_EXPORT int CONVROT_JOIN(convrot_rotate_quantize_, CONVROT_INPUT"

@@ -25,6 +25,10 @@ def _x(seed: int = 0) -> Tensor:
     return make_inputs(2, 5, 128, seed=seed)
 
 
+def _wide(seed: int = 0) -> Tensor:
+    return make_inputs(2, 5, 192, seed=seed)
+
+
 CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "rotate": lambda: ((_x(), 64), {}),
     "rotate_quantize": lambda: ((_x(), 64, 4), {"packed": True, "clip": 0.9}),
@@ -35,6 +39,8 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "scaled_mm": lambda: (_matrix_product(), {"out_dtype": torch.float16}),
     "scaled_mm_out": lambda: ((torch.zeros(2, 5, 64).bfloat16()[..., 8:32], *_matrix_product()), {}),
     "scaled_mm_gate_residual": lambda: ((*_matrix_product(), torch.ones(2, 24), torch.ones(2, 5, 24)), {}),
+    "norm_rope": lambda: ((_x(), *torch.ones(2, 16), *torch.ones(2, 5, 16)), {"eps": 1e-5}),
+    "norm_rope_joint": lambda: ((_wide(), _wide(1), *torch.ones(4, 16), *torch.ones(2, 10, 16)), {}),
     "pack_int4": lambda: ((make_codes(3, 8),), {}),
     "unpack_int4": lambda: ((ck.pack_int4(make_codes(3, 8)),), {}),
 }

@@ -8,6 +8,8 @@ from convrot_kernels.dispatch import (
     use_backend,
 )
 from convrot_kernels.ops import (
+    norm_rope,
+    norm_rope_joint,
     pack_int4,
     prepare_weight,
     restore_weight,
@@ -28,6 +30,8 @@ __all__ = [
     "BackendError",
     "available_backends",
     "hadamard",
+    "norm_rope",
+    "norm_rope_joint",
     "pack_int4",
     "preferred_codes",
     "preferred_layout",

@@ -13,6 +13,7 @@ from torch import Tensor
 from convrot_kernels.layouts import LAYOUTS
 from convrot_kernels.reference import GROUP_SIZES, QMAX, SCALE_RULES
 
+HEAD_SIZES = (16, 32, 64, 128, 256)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -272,6 +273,61 @@ def scaled_mm_gate_residual(
     _check_shape(op, "residual", residual, shape)
     _check_per_batch(op, "gate", gate, shape)
     return (Result(shape, residual.dtype),)
+
+
+def _norm_rope(
+    op: str, parts: int, sources: dict[str, Tensor], weights: dict[str, Tensor], cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Result, ...]:
+    """The rules of both norm_rope ops; sources (B, S, parts * H * D) follow one another in S."""
+    name, first = next(iter(sources.items()))
+    d = next(iter(weights.values())).shape[-1:].numel()
+    _check_float(op, **sources, **weights, cos=cos, sin=sin)
+    _check_device(op, **sources, **weights, cos=cos, sin=sin)
+    _check_same_dtype(op, **sources)
+    for source, x in sources.items():
+        if x.dim() != 3:
+            _fail(op, f"{source} must be (batch, tokens, columns)", f"{x.dim()} dimensions", "unsqueeze or flatten it")
+        _check_shape(op, source, x, (first.shape[0], x.shape[1], first.shape[2]))
+    if d not in HEAD_SIZES:
+        rule = f"a head must have {', '.join(map(str, HEAD_SIZES))} columns"
+        _fail(op, rule, str(d), "leave norm and rotary embedding to PyTorch")
+    if first.shape[2] == 0 or first.shape[2] % (parts * d):
+        rule = f"{name} must hold {parts} parts of whole heads of {d} columns"
+        _fail(op, rule, f"{first.shape[2]} columns", "pass q, k (and v, for norm_rope_joint) side by side")
+    tokens = sum(x.shape[1] for x in sources.values())
+    for vector, weight in weights.items():
+        _check_shape(op, vector, weight, (d,))
+    for table, values in (("cos", cos), ("sin", sin)):
+        _check_shape(op, table, values, (tokens, d))
+    if not eps > 0:
+        _fail(op, "eps must be positive", str(eps), "use eps=1e-6")
+    return (Result((first.shape[0], tokens, first.shape[2] // (parts * d), d), first.dtype),) * parts
+
+
+def norm_rope(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Result, ...]:
+    return _norm_rope("norm_rope", 2, {"x": x}, {"q_weight": q_weight, "k_weight": k_weight}, cos, sin, eps)
+
+
+def norm_rope_joint(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Result, ...]:
+    weights = {
+        "text_q_weight": text_q_weight,
+        "text_k_weight": text_k_weight,
+        "q_weight": q_weight,
+        "k_weight": k_weight,
+    }
+    return _norm_rope("norm_rope_joint", 3, {"text": text, "image": image}, weights, cos, sin, eps)
 
 
 def pack_int4(codes: Tensor) -> tuple[Result, ...]:

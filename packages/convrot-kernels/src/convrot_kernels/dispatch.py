@@ -37,6 +37,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "scaled_mm": _FASTEST_FIRST,
     "scaled_mm_out": _FASTEST_FIRST,
     "scaled_mm_gate_residual": _FASTEST_FIRST,
+    "norm_rope": _FASTEST_FIRST,
+    "norm_rope_joint": _FASTEST_FIRST,
     "pack_int4": ("reference",),
     "unpack_int4": ("reference",),
 }

@@ -47,13 +47,14 @@ def _in_blocks(weight: Tensor) -> bool:
 def _into_blocks(weight: Tensor) -> Tensor:
     """Packed, N a multiple of 16 and K of 32: what a thread of a Hopper GEMM needs lies together. Else as it is.
 
-    Blocks of 16 x 32, N first; in a block, nibble 64 (n % 8) + 16 (k / 4 % 4) + 8 (k / 16) + 2 (k % 4) + n / 8.
+    Blocks of 16 x 32, K first, so that weights stacked along N are stacked in memory too.
+    In a block, nibble 64 (n % 8) + 16 (k / 4 % 4) + 8 (k / 16) + 2 (k % 4) + n / 8.
     """
     if not _in_blocks(weight):
         return weight
     n, k = weight.shape[0], 2 * weight.shape[1]
     nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).view(n // 16, 2, 8, k // 32, 2, 4, 4)
-    pairs = nibbles.permute(3, 0, 2, 5, 4, 6, 1).reshape(-1, 2)
+    pairs = nibbles.permute(0, 3, 2, 5, 4, 6, 1).reshape(-1, 2)
     return (pairs[:, 0] | pairs[:, 1] << 4).view(weight.shape)
 
 
@@ -61,8 +62,8 @@ def _from_blocks(weight: Tensor) -> Tensor:
     if not _in_blocks(weight):
         return weight
     n, k = weight.shape[0], 2 * weight.shape[1]
-    nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).view(k // 32, n // 16, 8, 4, 2, 4, 2)
-    pairs = nibbles.permute(1, 6, 2, 0, 4, 3, 5).reshape(-1, 2)
+    nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).view(n // 16, k // 32, 8, 4, 2, 4, 2)
+    pairs = nibbles.permute(0, 6, 2, 1, 4, 3, 5).reshape(-1, 2)
     return (pairs[:, 0] | pairs[:, 1] << 4).view(weight.shape)
 
 

@@ -32,6 +32,9 @@ SCHEMAS = (
     f"scaled_mm_out(Tensor(a!) out, {_PAIR}, *, {_LAYOUT}) -> ()",
     "scaled_mm_gate_residual(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, Tensor gate, "
     f"Tensor residual, *, {_LAYOUT}) -> Tensor",
+    "norm_rope(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor)",
+    "norm_rope_joint(Tensor text, Tensor image, Tensor text_q_weight, Tensor text_k_weight, Tensor q_weight, "
+    "Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor, Tensor)",
     "pack_int4(Tensor codes) -> Tensor",
     "unpack_int4(Tensor packed) -> Tensor",
 )
@@ -273,6 +276,35 @@ def scaled_mm_gate_residual(
     y is what scaled_mm computes from the other arguments, before its last rounding.
     """
     return _call("scaled_mm_gate_residual", a, b, a_scale, b_scale, bias, gate, residual, b_layout=b_layout)
+
+
+def norm_rope(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x (B, S, 2 H D), q and k side by side -> q, k (B, S, H, D), x's dtype: what attention reads.
+
+    RMSNorm of every head with q_weight, k_weight (D,), in fp32, rounded to x.dtype; then the rotary embedding of
+    neighbouring pairs, y * cos + (-y1, y0, -y3, y2, ...) * sin, cos and sin (S, D), in fp32, rounded once.
+    """
+    return _call("norm_rope", x, q_weight, k_weight, cos, sin, eps)
+
+
+def norm_rope_joint(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """text (B, T, 3 H D), image (B, I, 3 H D), q, k and v side by side -> q, k, v (B, T + I, H, D), text first.
+
+    q and k as in norm_rope, each stream with its own weights, cos and sin (T + I, D); v is copied.
+    """
+    return _call("norm_rope_joint", text, image, text_q_weight, text_k_weight, q_weight, k_weight, cos, sin, eps)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

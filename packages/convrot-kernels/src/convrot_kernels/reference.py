@@ -195,6 +195,50 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return pairs.view(torch.int8).bitwise_xor_(8).sub_(8)  # sign
 
 
+# attention's inputs
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(..., D) -> (..., D), in fp32, rounded once."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, S, H, D) -> x * cos + (-x1, x0, -x3, x2, ...) * sin, cos and sin (S, D), in fp32, rounded once."""
+    wide = x.float()
+    turned = torch.stack((-wide[..., 1::2], wide[..., 0::2]), dim=-1).flatten(-2)
+    return (wide * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)).to(x.dtype)
+
+
+def norm_rope(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(B, S, 2 H D) -> q, k (B, S, H, D)."""
+    q, k = (part.unflatten(-1, (-1, q_weight.shape[0])) for part in x.chunk(2, dim=-1))
+    return _turn(_rms_norm(q, q_weight, eps), cos, sin), _turn(_rms_norm(k, k_weight, eps), cos, sin)
+
+
+def norm_rope_joint(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3 H D), (B, I, 3 H D) -> q, k, v (B, T + I, H, D)."""
+    tokens, width = text.shape[1], text.shape[2] // 3
+    of_text = norm_rope(text[..., : 2 * width], text_q_weight, text_k_weight, cos[:tokens], sin[:tokens], eps)
+    of_image = norm_rope(image[..., : 2 * width], q_weight, k_weight, cos[tokens:], sin[tokens:], eps)
+    v = torch.cat((text[..., 2 * width :], image[..., 2 * width :]), dim=1)
+    q, k = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
+    return q, k, v.unflatten(-1, (-1, q_weight.shape[0]))
+
+
 # matrix product
 
 

@@ -1,11 +1,12 @@
 """CUTLASS backend: the compiled library of this GPU. `build.py` makes it, nothing here compiles.
 
 variants.py (which kernels), generate.py (their text), build.py (text -> library), library.py (load and check),
-products.py and quantize.py (the ops), binding.py (the ops without Python). Importing this touches neither CUDA nor the
-library.
+products.py, quantize.py and norm_rope.py (the ops), binding.py (the ops without Python). Importing this touches neither
+CUDA nor the library.
 """
 
 from convrot_kernels.backends.cutlass.library import why_not
+from convrot_kernels.backends.cutlass.norm_rope import norm_rope, norm_rope_joint
 from convrot_kernels.backends.cutlass.products import (
     preferred_codes,
     preferred_layout,
@@ -23,6 +24,8 @@ from convrot_kernels.backends.cutlass.quantize import (
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "norm_rope",
+    "norm_rope_joint",
     "pack_int4",
     "preferred_codes",
     "preferred_layout",

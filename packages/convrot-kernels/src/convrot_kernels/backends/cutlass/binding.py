@@ -26,7 +26,7 @@ SOURCE = build.HERE / "csrc" / "binding.cpp"
 LEAST_TORCH = (2, 10)  # whose stable C functions the source keeps to: what is built once serves all later ones
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = ("-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-shared", _TARGET)
-_GEMM, _GEMV, _QUANTIZER = range(3)  # Kind in the source
+_GEMM, _GEMV, _QUANTIZER, _NORM_ROPE = range(4)  # Kind in the source
 _TEXTS = ("rule", "b_layout")  # str arguments, of which the binding hands over the address
 
 _thread = threading.local()
@@ -206,6 +206,8 @@ def _teach(tensors: list[Tensor], calls: list[Call]) -> None:
     kind, detail = _GEMM, first.arguments[-2]  # a GEMM's number of multiprocessors
     if first.name.startswith("convrot_rotate_quantize"):
         kind, detail = _QUANTIZER, 0
+    elif first.name == "convrot_norm_rope":
+        kind, detail = _NORM_ROPE, 0
     elif first.name == "convrot_gemv":
         kind, detail = _GEMV, first.arguments[1]  # the weight's format
     assert _loaded is not None, "only the binding calls this"

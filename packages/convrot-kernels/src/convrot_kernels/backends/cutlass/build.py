@@ -72,7 +72,7 @@ def units(arch: str) -> tuple[Unit, ...]:
     gemms = [Unit(variant.name, generate(variant)) for variant in of_arch(arch)]
     quantizer = (HERE / "csrc" / "rotate_quantize.cu").read_text()
     inputs = [Unit(f"rotate_quantize_{name}", quantizer, (f"-DCONVROT_INPUT={name}",)) for name in _INPUTS]
-    plain = [Unit(name, (HERE / "csrc" / f"{name}.cu").read_text()) for name in ("gemv", "abi")]
+    plain = [Unit(name, (HERE / "csrc" / f"{name}.cu").read_text()) for name in ("gemv", "norm_rope", "abi")]
     return (*gemms, *inputs, *plain)
 
 

@@ -22,6 +22,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         *(*_EPILOGUE, c_void_p, c_int, c_int64, c_int, c_int, c_int, c_void_p),
     ),
     "convrot_unpack": (c_void_p, c_void_p, c_int64, c_void_p),
+    "convrot_norm_rope": (
+        *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int, *(c_void_p,) * 5, *(c_int,) * 5, c_float, c_void_p),
+    ),
     **{
         f"convrot_rotate_quantize_{name}": (
             *(c_void_p, c_int64, c_void_p, c_int64, c_int),

@@ -49,7 +49,7 @@ class _Epilogue(NamedTuple):
     residual: Tensor | None = None
 
 
-def _ready(tensor: Tensor) -> Tensor:
+def ready(tensor: Tensor) -> Tensor:
     """Contiguous and aligned: the tensor itself, or a copy."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
@@ -85,9 +85,9 @@ def _weight(b: Tensor, layout: str, arch: str) -> _Weight:
     n, k = b.shape[0], 2 * b.shape[1]
     if layout == BLOCKS and b.dtype == torch.uint8 and n % 16 == 0 and k % 32 == 0:
         if arch == "sm_90a":
-            return _Weight(_ready(b), True)
+            return _Weight(ready(b), True)
         layout, b = "row_major", LAYOUTS[BLOCKS].restore(b)
-    return _Weight(_ready(_padded(LAYOUTS[layout].restore(b))), False)
+    return _Weight(ready(_padded(LAYOUTS[layout].restore(b))), False)
 
 
 def _choose(
@@ -102,7 +102,7 @@ def _choose(
         x = _unpack(x, ours, stream)
     if codes.dtype == torch.uint8 and (found := pick(m, n, k, arch, "s4", "s8", kind)):
         if not weight.reordered:  # a weight that was not prepared: right, and slow
-            codes = _ready(LAYOUTS[BLOCKS].prepare(codes))
+            codes = ready(LAYOUTS[BLOCKS].prepare(codes))
         return found, codes, x
     if found := pick(m, n, k, arch, "s8", "s8", kind):
         if codes.dtype == torch.uint8 and weight.reordered:
@@ -154,7 +154,7 @@ def _product(
     variant, codes, x = _choose(out.shape[0], weight, x, out, arch, ours, stream)
     if variant is None:
         return _gemv(ours, weight, x, out, e, stream)
-    residual = e.residual if e.residual is None or _rows_aligned(e.residual) else _ready(e.residual)
+    residual = e.residual if e.residual is None or _rows_aligned(e.residual) else ready(e.residual)
     target = out if _rows_aligned(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     # CUTLASS puts an fp32 residual into registers of the accumulator's type, int32: added afterwards, to the same bits
     apart = residual if out.dtype == torch.float32 else None
@@ -187,7 +187,7 @@ def _multiply(
     arch, ours = library.of(out.device)
     with torch.cuda.device(out.device):
         stream = torch.cuda.current_stream().cuda_stream
-        x = _ready(_padded(a.reshape(m, a.shape[-1])))
+        x = ready(_padded(a.reshape(m, a.shape[-1])))
         weight = _weight(b, layout, arch)
         a_scale = None if a_scale is None else a_scale.reshape(-1).contiguous()
         shared = _Epilogue(None, b_scale.contiguous(), None if bias is None else bias.contiguous())
@@ -201,7 +201,7 @@ def _multiply(
                 gate=None if gates is None else gates[sample],
                 residual=None if residual is None else residual[part],
             )
-            _product(out[part], _ready(x[part]), weight, mine, arch, ours, stream)
+            _product(out[part], ready(x[part]), weight, mine, arch, ours, stream)
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ import torch
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "norm_rope",
+    "norm_rope_joint",
     "pack_int4",
     "preferred_codes",
     "preferred_layout",
@@ -48,6 +50,8 @@ def _loaded_late(op: str, file: str) -> Callable[..., Any]:
     return run
 
 
+norm_rope = _loaded_late("norm_rope", "norm_rope_kernel")
+norm_rope_joint = _loaded_late("norm_rope_joint", "norm_rope_kernel")
 rotate = _loaded_late("rotate", "rotate_kernel")
 rotate_quantize = _loaded_late("rotate_quantize", "rotate_quantize_kernel")
 rotate_quantize_gelu = _loaded_late("rotate_quantize_gelu", "rotate_quantize_kernel")

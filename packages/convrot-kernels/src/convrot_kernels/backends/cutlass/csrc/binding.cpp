@@ -38,7 +38,7 @@ constexpr int64_t kAlignment = 16;    // bytes: one vector load, and what a tens
 // the first three are those of abi.h, kInt8 is the GEMV's code for activations of one byte
 enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kUInt8 = 4, kOther = 5, kAbsent = 6 };
 
-// the kernels' signatures: gemv.cu, sm90_gemm.cuh and sm80_gemm.cuh, rotate_quantize.cu
+// the kernels' signatures: gemv.cu, sm90_gemm.cuh and sm80_gemm.cuh, rotate_quantize.cu, norm_rope.cu
 using Gemm = int (*)(void const* weight, void const* x, void const* a_scale, void const* b_scale, void const* bias,
                      int bias_dtype, void const* gate, int gate_dtype, void const* residual, int64_t residual_stride,
                      void* out, int64_t out_stride, int m, int n, int k, int device, int sm_count, void* stream);
@@ -50,6 +50,11 @@ using Quantizer = int (*)(void const* x, int64_t x_stride, void const* y, int64_
                           int scale_dtype, void const* shift, int shift_dtype, int64_t vector_stride,
                           int rows_per_vector, float eps, void* codes, void* row_scale, int rows, int k, int group,
                           int bits, int packed, int prologue, float clip, void* stream);
+using Attended = int (*)(void const* text, int64_t text_stride_b, int64_t text_stride_s, void const* image,
+                         int64_t image_stride_b, int64_t image_stride_s, int dtype, void const* text_q_weight,
+                         void const* text_k_weight, void const* q_weight, void const* k_weight, int weight_dtype,
+                         void const* cos, void const* sin, void* q, void* k, void* v, int batch, int text_tokens,
+                         int image_tokens, int heads, int d, float eps, void* stream);
 
 // what has been learned
 
@@ -63,7 +68,7 @@ struct Hash {
   }
 };
 
-enum Kind : int { kGemm = 0, kGemv = 1, kQuantizer = 2 };
+enum Kind : int { kGemm = 0, kGemv = 1, kQuantizer = 2, kNormRope = 3 };
 
 struct Kernel {
   void* function;
@@ -254,6 +259,16 @@ struct Result {
     for (int64_t i = dim; i-- > 0; stride *= sizes[i]) strides[i] = stride;
     void* memory = nullptr;
     if (aoti_torch_empty_strided(dim, sizes, strides, types().torchs(dtype), like.device_type, like.device, &handle) ||
+        aoti_torch_get_data_ptr(handle, &memory))
+      return false;
+    data = static_cast<char*>(memory);
+    return true;
+  }
+  bool allocate(Tensor const& like, int64_t const (&sizes)[4]) {
+    int64_t const strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+    void* memory = nullptr;
+    if (aoti_torch_empty_strided(4, sizes, strides, types().torchs(like.dtype), like.device_type, like.device,
+                                 &handle) ||
         aoti_torch_get_data_ptr(handle, &memory))
       return false;
     data = static_cast<char*>(memory);
@@ -450,6 +465,73 @@ struct Product {
   }
 };
 
+// norm_rope, or with a text stream before it norm_rope_joint
+template <bool joint>
+struct NormRope {
+  static constexpr char const* letters = joint ? "ttttttttv" : "tttttv";
+  static constexpr int parts = joint ? 3 : 2;
+  Key key{};
+  int launches = 1;
+  Tensor text, image, text_q_weight, text_k_weight, q_weight, k_weight, cos, sin;
+  double eps = 0;
+  int64_t d = 0, heads = 0, text_tokens = 0, tokens = 0;
+
+  // one 16-byte load a lane
+  bool loadable(Tensor const& x) const {
+    bool fits = x.is_float() && x.dim == 3 && x.dtype == image.dtype && x.sizes[0] == image.sizes[0] &&
+                x.last() == parts * heads * d && x.strides[2] == 1 && x.aligned(kAlignment) && x.on_the_device_of(image);
+    for (int i = 0; i < 2; ++i)
+      fits = fits && x.sizes[i] > 0 && (x.sizes[i] == 1 || x.strides[i] * x.element_size() % kAlignment == 0);
+    return fits;
+  }
+  bool is_weight(Tensor const& t) const {
+    return t.dtype == q_weight.dtype && is_vector(t, d) && t.on_the_device_of(image);
+  }
+  bool is_table(Tensor const& t) const {
+    return t.dtype == kFloat32 && t.dim == 2 && t.sizes[0] == tokens && t.sizes[1] == d && contiguous(t) &&
+           t.aligned(kAlignment) && t.on_the_device_of(image);
+  }
+
+  bool read(StableIValue const* stack) {
+    StableIValue const* next = stack;
+    if (joint) text = tensor(*next++);
+    image = tensor(*next++);
+    if (joint) text_q_weight = tensor(*next++), text_k_weight = tensor(*next++);
+    q_weight = tensor(*next++), k_weight = tensor(*next++), cos = tensor(*next++), sin = tensor(*next++);
+    eps = value<double>(*next);
+    if (!q_weight.is_float() || q_weight.dim != 1 || image.dim != 3 || !(eps > 0)) return false;
+    d = q_weight.sizes[0];
+    if (d < 16 || image.last() % (parts * d)) return false;
+    heads = image.last() / (parts * d), text_tokens = joint ? text.sizes[1] : 0;
+    if (joint && (text.dim != 3 || !loadable(text) || !is_weight(text_q_weight) || !is_weight(text_k_weight))) return false;
+    tokens = text_tokens + image.sizes[1];
+    if (!loadable(image) || !is_weight(q_weight) || !is_weight(k_weight) || !is_table(cos) || !is_table(sin)) return false;
+    key = {32 + joint, image.device, image.dtype, q_weight.dtype, image.sizes[0], text_tokens, tokens, heads, d};
+    return image.sizes[0] * tokens <= INT_MAX;
+  }
+
+  bool launch(Kernel const& kernel, StableIValue* stack) {
+    Result made[parts];
+    OnDevice const on(image.device);
+    int64_t const sizes[4] = {image.sizes[0], tokens, heads, d};
+    bool done = kernel.kind == kNormRope && on.ready;
+    for (Result& one : made) done = done && one.allocate(image, sizes);
+    done = done && reinterpret_cast<Attended>(kernel.function)(
+                       text.data, joint ? text.strides[0] : 0, joint ? text.strides[1] : 0, image.data, image.strides[0],
+                       image.strides[1], image.dtype, text_q_weight.data, text_k_weight.data, q_weight.data,
+                       k_weight.data, q_weight.dtype, cos.data, sin.data, made[0].data, made[1].data,
+                       joint ? made[parts - 1].data : nullptr, int(sizes[0]), int(text_tokens), int(image.sizes[1]),
+                       int(heads), int(d), float(eps), on.stream) == 0;
+    if (!done) {
+      for (Result& one : made) one.drop();
+      return false;
+    }
+    release(stack, letters);
+    for (int i = 0; i < parts; ++i) stack[i] = boxed(made[i].handle);
+    return true;
+  }
+};
+
 // a call: here if it can be, else in Python
 
 // takes the arguments from the stack and leaves the results there
@@ -499,6 +581,8 @@ constexpr char kRotateQuantizeGelu[] = "convrot_python::rotate_quantize_gelu";
 constexpr char kRotateQuantizeModulate[] = "convrot_python::rotate_quantize_modulate";
 constexpr char kRotateQuantizeSiluMul[] = "convrot_python::rotate_quantize_silu_mul";
 constexpr char kRotateQuantizeCatGelu[] = "convrot_python::rotate_quantize_cat_gelu";
+constexpr char kNormRopeAlone[] = "convrot_python::norm_rope";
+constexpr char kNormRopeJoint[] = "convrot_python::norm_rope_joint";
 constexpr char kScaledMm[] = "convrot_python::scaled_mm";
 constexpr char kScaledMmOut[] = "convrot_python::scaled_mm_out";
 constexpr char kScaledMmGateResidual[] = "convrot_python::scaled_mm_gate_residual";
@@ -516,7 +600,8 @@ CONVROT_EXPORT int convrot_register(void* stream, int64_t const* named) {
       add<Quantize<kNone>, kRotateQuantize>(library) && add<Quantize<kGelu>, kRotateQuantizeGelu>(library) &&
       add<Quantize<kModulate>, kRotateQuantizeModulate>(library) &&
       add<Quantize<kSiluMul>, kRotateQuantizeSiluMul>(library) &&
-      add<Quantize<kCatGelu>, kRotateQuantizeCatGelu>(library) && add<Product<kReturned>, kScaledMm>(library) &&
+      add<Quantize<kCatGelu>, kRotateQuantizeCatGelu>(library) && add<NormRope<false>, kNormRopeAlone>(library) &&
+      add<NormRope<true>, kNormRopeJoint>(library) && add<Product<kReturned>, kScaledMm>(library) &&
       add<Product<kWritten>, kScaledMmOut>(library) && add<Product<kGated>, kScaledMmGateResidual>(library);
   return done ? 0 : 1;
 }

@@ -63,14 +63,14 @@ struct Chunk<kReordered> {
 
   struct Place {
     uint2 const* first;
-    uint32_t step, last;  // bytes from chunk to chunk; the last one
-    __device__ Place(Product const& p, int tile, int lane) : step(p.n / kRows * 256), last(p.k / kColumns - 1) {
-      first = static_cast<uint2 const*>(p.weight) + min(tile, p.n / kRows - 1) * 32 + lane;
+    uint32_t last;  // chunk
+    __device__ Place(Product const& p, int tile, int lane) : last(p.k / kColumns - 1) {
+      first = static_cast<uint2 const*>(p.weight) + int64_t(min(tile, p.n / kRows - 1)) * (p.k / kColumns) * 32 + lane;
     }
     __device__ void load(Chunk& to, int chunk, int) const {  // volatile: ahead of the products, where it stands
-      asm volatile("{ .reg .u64 at; mad.wide.u32 at, %2, %3, %4; ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [at]; }"
+      asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
                    : "=r"(to.both.x), "=r"(to.both.y)
-                   : "r"(min(uint32_t(chunk), last)), "r"(step), "l"(first));
+                   : "l"(first + min(uint32_t(chunk), last) * 32u));
     }
   };
   static __device__ int column(int chunk, int, int lane) { return chunk * kColumns + (lane & 3) * 4; }

@@ -47,7 +47,8 @@ using namespace cute;
 // nibble offset of weight (n, k) in its block of 16 x 32: 64 (n % 8) + n / 8 + 2 (k % 4) + 16 (k / 4 % 4) + 8 (k / 16)
 using NibbleOrder = Layout<Shape<Shape<_8, _2>, Shape<_4, _4, _2>>, Stride<Stride<_64, _1>, Stride<_2, _16, _8>>>;
 using WeightStride = cutlass::detail::TagToStrideB_t<cutlass::layout::ColumnMajor>;
-using NibbleLayout = decltype(tile_to_shape(NibbleOrder{}, Layout<Shape<int, int, int>, WeightStride>{}));
+using BlockOrder = Step<_2, _1, _3>;  // blocks along K are neighbours
+using NibbleLayout = decltype(tile_to_shape(NibbleOrder{}, Layout<Shape<int, int, int>, WeightStride>{}, BlockOrder{}));
 
 // The builder gives an epilogue with a C operand no delayed store and a shared buffer for C and D. C is rare here:
 // keep the order of stores of a kernel without it, and give C two buffers of its own.
@@ -120,7 +121,7 @@ int run_sm90(Call const& call, cudaStream_t stream) {
       call,
       [](Call const& c) {
         auto weight_layout = [&] {
-          if constexpr (kReordered) return tile_to_shape(NibbleOrder{}, make_shape(c.n, c.k, 1));
+          if constexpr (kReordered) return tile_to_shape(NibbleOrder{}, make_shape(c.n, c.k, 1), BlockOrder{});
           else return cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, make_shape(c.n, c.k, 1));
         }();
         auto const x_stride = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, make_shape(c.m, c.k, 1));

@@ -1,0 +1,207 @@
+// What attention reads: RMSNorm of every head of q and k, then the rotary embedding, from the output of one projection.
+//
+// A token's columns are q, k and, where v is asked for, v: `heads` heads of d columns each. Of the joint sequence the
+// first tokens come from `text`, with norms of their own, the others from `image`; without text there is just one.
+// One block a token. A head is read by d / 8 lanes, eight columns each, so that a row is one 16-byte access a lane and
+// the mean square a few shuffles; a lane turns pairs of its own columns, with cos and sin loaded once for all heads.
+// fp32 throughout, each step rounded, as in reference.py; only the order of the sum of squares differs.
+#include "rotation.cuh"
+
+namespace convrot {
+namespace {
+
+constexpr int kThreads = 256, kColumns = 8, kAtOnce = 3;  // rows of a lane under way: 48 at D = 128, all of FLUX's q and k
+
+struct Stream {
+  void const* x;
+  int64_t stride_b, stride_s;  // elements
+  void const *q_weight, *k_weight;
+};
+
+struct Problem {
+  Stream text, image;
+  int weight_dtype, text_tokens, tokens, heads, d, parts;
+  float const *cos, *sin;
+  void* out[3];
+  float inverse_d, eps;
+};
+
+// eight columns as they lie in memory
+template <class X>
+struct Eight {
+  Four<X> first, second;
+};
+
+template <class X>
+__device__ __forceinline__ Eight<X> load_eight(X const* at) {
+  if constexpr (sizeof(X) == 4) {
+    return {load_four(at), load_four(at + 4)};
+  } else {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at));
+    return {{v.x, v.y}, {v.z, v.w}};
+  }
+}
+
+template <class X>
+__device__ __forceinline__ void store_eight(X* at, Eight<X> v) {
+  if constexpr (sizeof(X) == 4) {
+    reinterpret_cast<float4*>(at)[0] = v.first, reinterpret_cast<float4*>(at)[1] = v.second;
+  } else {
+    *reinterpret_cast<uint4*>(at) = make_uint4(v.first.x, v.first.y, v.second.x, v.second.y);
+  }
+}
+
+template <class X>
+__device__ __forceinline__ void unpack(Eight<X> const& from, float (&to)[kColumns]) {
+  float4 const a = widen<X>(from.first), b = widen<X>(from.second);
+  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+template <class X>
+__device__ __forceinline__ Four<X> narrow(float a, float b, float c, float d) {
+  if constexpr (sizeof(X) == 4) return make_float4(a, b, c, d);
+  else if constexpr (std::is_same_v<X, __half>) return make_uint2(fp16_pair(a, b), fp16_pair(c, d));
+  else return make_uint2(bf16_pair(a, b), bf16_pair(c, d));
+}
+template <class X>
+__device__ __forceinline__ Eight<X> pack(float const (&v)[kColumns]) {
+  return {narrow<X>(v[0], v[1], v[2], v[3]), narrow<X>(v[4], v[5], v[6], v[7])};
+}
+
+__device__ __forceinline__ void load_floats(float const* at, float (&to)[kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 4) {
+    float4 const v = __ldg(reinterpret_cast<float4 const*>(at + i));
+    to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+  }
+}
+
+template <class X>
+__device__ __forceinline__ void load_weights(void const* at, int column, float (&to)[kColumns]) {
+  auto const* from = static_cast<X const*>(at) + column;
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    unpack<X>(load_eight(from), to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) to[i] = float(from[i]);
+  }
+}
+__device__ __forceinline__ void load_weights(void const* at, int dtype, int column, float (&to)[kColumns]) {
+  if (dtype == kBFloat16) load_weights<__nv_bfloat16>(at, column, to);
+  else if (dtype == kFloat16) load_weights<__half>(at, column, to);
+  else load_weights<float>(at, column, to);
+}
+
+// one head's eight columns of a lane
+template <class X, int kLanes>
+__device__ __forceinline__ Eight<X> turned(Problem const& p, Eight<X> const& raw, void const* weight, int column,
+                                           float const (&cos)[kColumns], float const (&sin)[kColumns]) {
+  float v[kColumns], w[kColumns], squares = 0.f;
+  load_weights(weight, p.weight_dtype, column, w);
+  unpack<X>(raw, v);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) squares += v[i] * v[i];
+#pragma unroll
+  for (int across = kLanes / 2; across; across /= 2) squares += __shfl_xor_sync(~0u, squares, across);
+  float const inverse = rsqrtf(squares * p.inverse_d + p.eps);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) v[i] = v[i] * inverse * w[i];
+  unpack<X>(pack<X>(v), v);
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 2) {
+    float const even = v[i], odd = v[i + 1];
+    v[i] = even * cos[i] - odd * sin[i], v[i + 1] = odd * cos[i + 1] + even * sin[i + 1];
+  }
+  return pack<X>(v);
+}
+
+template <class X, int kLanes>
+__global__ void __launch_bounds__(kThreads) norm_rope(Problem const p) {
+  constexpr int kGroups = kThreads / kLanes;
+  int const group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kColumns;
+  int const b = blockIdx.x / p.tokens, s = blockIdx.x % p.tokens;
+  bool const is_text = s < p.text_tokens;
+  Stream const& from = is_text ? p.text : p.image;
+  auto const* x = static_cast<X const*>(from.x) + b * from.stride_b +
+                  (is_text ? s : s - p.text_tokens) * from.stride_s + column;
+  int64_t const target = int64_t(blockIdx.x) * p.heads * p.d + column;
+  int const rows = p.parts * p.heads;
+  float cos[kColumns], sin[kColumns];
+  load_floats(p.cos + int64_t(s) * p.d + column, cos);
+  load_floats(p.sin + int64_t(s) * p.d + column, sin);
+  // every lane of a warp takes part in the shuffles: rows beyond the last are read again and not written
+  for (int first = group; first - group < rows; first += kAtOnce * kGroups) {
+    Eight<X> raw[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) raw[i] = load_eight(x + int64_t(min(first + i * kGroups, rows - 1)) * p.d);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      int const row = first + i * kGroups, part = min(row, rows - 1) / p.heads;
+      Eight<X> out = raw[i];
+      if (__any_sync(~0u, part < 2)) {
+        out = turned<X, kLanes>(p, raw[i], part == 0 ? from.q_weight : from.k_weight, column, cos, sin);
+        if (part == 2) out = raw[i];
+      }
+      if (row < rows)
+        store_eight(static_cast<X*>(p.out[part]) + target + int64_t(row - part * p.heads) * p.d, out);
+    }
+  }
+}
+
+template <class X>
+int launch(Problem const& p, int64_t blocks, cudaStream_t stream) {
+  auto const run = [&](auto* kernel) {
+    kernel<<<unsigned(blocks), kThreads, 0, stream>>>(p);
+    return cuda_status(cudaGetLastError());
+  };
+  switch (p.d) {
+    case 16:
+      return run(norm_rope<X, 2>);
+    case 32:
+      return run(norm_rope<X, 4>);
+    case 64:
+      return run(norm_rope<X, 8>);
+    case 128:
+      return run(norm_rope<X, 16>);
+    case 256:
+      return run(norm_rope<X, 32>);
+    default:
+      return kUnknownShape;
+  }
+}
+
+}  // namespace
+}  // namespace convrot
+
+// text (batch, text_tokens, parts * heads * d) or null, image (batch, image_tokens, ...), of one dtype, columns adjacent,
+// pointers and strides multiples of 16 bytes; cos, sin (tokens, d); q, k and, for three parts, v (batch, tokens, heads, d)
+CONVROT_EXPORT int convrot_norm_rope(void const* text, int64_t text_stride_b, int64_t text_stride_s, void const* image,
+                                     int64_t image_stride_b, int64_t image_stride_s, int dtype,
+                                     void const* text_q_weight, void const* text_k_weight, void const* q_weight,
+                                     void const* k_weight, int weight_dtype, void const* cos, void const* sin, void* q,
+                                     void* k, void* v, int batch, int text_tokens, int image_tokens, int heads, int d,
+                                     float eps, void* stream) {
+  using namespace convrot;
+  int64_t const tokens = int64_t(text_tokens) + image_tokens, blocks = tokens * batch;
+  if (batch < 1 || tokens < 1 || heads < 1 || blocks > INT32_MAX) return kUnknownShape;
+  Problem const p{{text, text_stride_b, text_stride_s, text_q_weight, text_k_weight},
+                  {image, image_stride_b, image_stride_s, q_weight, k_weight},
+                  weight_dtype,
+                  text_tokens,
+                  int(tokens),
+                  heads,
+                  d,
+                  v ? 3 : 2,
+                  static_cast<float const*>(cos),
+                  static_cast<float const*>(sin),
+                  {q, k, v},
+                  1.f / float(d),
+                  eps};
+  auto const at = static_cast<cudaStream_t>(stream);
+  return dtype == kBFloat16  ? launch<__nv_bfloat16>(p, blocks, at)
+         : dtype == kFloat16 ? launch<__half>(p, blocks, at)
+                             : launch<float>(p, blocks, at);
+}

@@ -2,6 +2,7 @@
 
 from convrot_quant.checkpoint import load_quantized, save_quantized
 from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.fuse import fuse_, unfuse_
 from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.patch import apply, dequantize_, plan, quantize_
@@ -16,8 +17,10 @@ __all__ = [
     "Scheme",
     "apply",
     "dequantize_",
+    "fuse_",
     "load_quantized",
     "plan",
     "quantize_",
     "save_quantized",
+    "unfuse_",
 ]

@@ -8,6 +8,7 @@ break one of them. Codes are a frozen Parameter, scales an fp32 buffer that `.to
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,22 +109,11 @@ class ConvLinear4bit(nn.Linear):
                 f"ConvLinear4bit: the last dimension of x must be in_features={self.in_features}, got K={x.shape[-1]}; "
                 "pass the input that the 16-bit layer takes"
             )
-        scheme = self.scheme
-        if scheme.activation_bits == 16:
-            values = rotate(x, scheme.group_size)
-            return scaled_mm(
-                values, self.weight, None, self.weight_scale, self.bias, x.dtype, b_layout=self.weight_layout
-            )
-        packed = scheme.activation_bits == scheme.weight_bits == 4 and _wants_packed(x.device)
-        codes, scale = rotate_quantize(
-            x,
-            scheme.group_size,
-            scheme.activation_bits,
-            packed=packed,
-            rule=scheme.activation_rule,
-            clip=scheme.activation_clip,
-        )
-        return scaled_mm(codes, self.weight, scale, self.weight_scale, self.bias, x.dtype, b_layout=self.weight_layout)
+        return self.multiply(*operand(x, self.scheme), x.dtype)
+
+    def multiply(self, a: Tensor, a_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What `operand` made of (..., K) -> (..., N)."""
+        return scaled_mm(a, self.weight, a_scale, self.weight_scale, self.bias, dtype, b_layout=self.weight_layout)
 
     def relayout(self, layout: str) -> None:
         """Put the resident codes into another order (a backend's own, or "row_major"); the numbers stay the same."""
@@ -149,6 +139,8 @@ class ConvLinear4bit(nn.Linear):
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=scale.device))
         if probe.dtype in COMPUTE_DTYPES:
             self.compute_dtype = probe.dtype
+        if self.weight_layout == ROW_MAJOR and self.weight.is_cuda:  # once: a later move takes the order along
+            self.relayout(preferred_layout(self.weight.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -163,8 +155,31 @@ class ConvLinear4bit(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def operand(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """(..., K) -> what a layer of this scheme multiplies: codes and their scale, or rotated values and None."""
+    if scheme.activation_bits == 16:
+        return rotate(x, scheme.group_size), None
+    return rotate_quantize(x, **quantizer_options(scheme, x.device))
+
+
+def quantizer_options(scheme: Scheme, device: torch.device) -> dict[str, Any]:
+    """The options that rotate_quantize and its prologues take for a layer's activations, of 4 or 8 bits."""
+    return {
+        "group_size": scheme.group_size,
+        "bits": scheme.activation_bits,
+        "packed": scheme.activation_bits == scheme.weight_bits == 4 and _wants_packed(device),
+        "rule": scheme.activation_rule,
+        "clip": scheme.activation_clip,
+    }
+
+
 @torch.compiler.assume_constant_result  # a backend's taste: fixed while tracing, and the numbers do not depend on it
 def _wants_packed(device: torch.device) -> bool:
+    return _asked(device)
+
+
+@cache  # asking takes longer than an op
+def _asked(device: torch.device) -> bool:
     return preferred_codes(device) == "packed"
 
 

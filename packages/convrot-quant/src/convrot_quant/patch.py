@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.fuse import fuse_, unfuse_
 from convrot_quant.linear import ConvLinear4bit, quantize_weight
 from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.rules import Linear, cannot_run, choose, linears
@@ -35,11 +36,17 @@ def plan(model: nn.Module, config: QuantConfig | str = "ours") -> Plan:
 
 
 def apply(
-    model: nn.Module, plan: Mapping[str, Scheme], *, device: torch.device | str | None = None, progress: bool = True
+    model: nn.Module,
+    plan: Mapping[str, Scheme],
+    *,
+    device: torch.device | str | None = None,
+    fuse: bool = True,
+    progress: bool = True,
 ) -> None:
     """Replace the planned layers of a model by ConvLinear4bit, in place.
 
     `device`: where each layer is rotated and quantized (a GPU is much faster); results go back to the layer's own.
+    `fuse`: give blocks of a known family their fused forward (fuse.py); without it every layer runs on its own.
     All weights are checked before the first layer changes, so a refusal leaves the model as it was.
     """
     _refuse_unplannable(model)
@@ -49,6 +56,8 @@ def apply(
         _quantize_layer(model, name, plan[name], device)
     if isinstance(plan, Plan):
         model.convrot_plan = plan  # type: ignore[assignment]  # a dict, not a Module: kept for saving, reasons included
+    if fuse:
+        fuse_(model)
 
 
 def quantize_(
@@ -56,6 +65,7 @@ def quantize_(
     config: QuantConfig | str = "ours",
     *,
     device: torch.device | str | None = None,
+    fuse: bool = True,
     progress: bool = True,
 ) -> Plan:
     """Quantize a model in place: plan, then apply. Returns the plan, which prints as a table."""
@@ -63,7 +73,7 @@ def quantize_(
     if not decided:
         reasons = "; ".join(sorted(set(decided.reasons.values()))) or "it has no nn.Linear"
         raise ValueError(f"quantize_: nothing to quantize in {type(model).__name__}: {reasons}")
-    apply(model, decided, device=device, progress=progress)
+    apply(model, decided, device=device, fuse=fuse, progress=progress)
     return decided
 
 
@@ -72,6 +82,7 @@ def dequantize_(model: nn.Module) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, ConvLinear4bit)]
     if not names:
         raise ValueError(f"dequantize_: {type(model).__name__} has no ConvLinear4bit; quantize_ it first")
+    unfuse_(model)
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, ConvLinear4bit), "the list above holds nothing else"

@@ -1,0 +1,1 @@
+"""Fused blocks, one file per model family; a family without a file runs layer by layer."""

@@ -1,0 +1,97 @@
+"""What the fused blocks of every family share: when they may run fused, and how their stacks follow the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from convrot_quant.config import Scheme
+from convrot_quant.linear import ConvLinear4bit, operand
+from convrot_quant.stack import Operand, Stack
+
+# embedding -> scheme -> (its version, what the modulation layers of that scheme multiply); goes with the embedding
+_modulation_inputs: Mapping[Tensor, dict[Scheme, tuple[int, Operand]]] = WeakTensorKeyDictionary()
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether each is a ConvLinear4bit itself, no adapter around one, that quantizes its activations."""
+    return all(type(layer) is ConvLinear4bit and layer.scheme.activation_bits < 16 for layer in layers)
+
+
+def base_of(layer: Any) -> Any:
+    """The layer itself; of a LoRA that is switched off, the layer that it wraps."""
+    wrapped = getattr(layer, "base_layer", None)
+    if wrapped is None or getattr(layer, "merged", False):
+        return layer
+    return wrapped if layer.disable_adapters or not layer.active_adapters else layer
+
+
+class FusedBlock(nn.Module):
+    """What stands before diffusers' own class in the bases of a fused block; `fuse.py` calls `prepare`."""
+
+    _stacks: dict[str, Stack]
+    _inner: tuple[nn.Module, ...]
+
+    def stacked(self) -> Mapping[str, Sequence[nn.Module]]:
+        """name -> layers that are multiplied as one."""
+        raise NotImplementedError(f"{type(self).__name__} must name its stacks")
+
+    def prepare(self) -> None:
+        """Once: what a fused forward needs beside the layers."""
+        self._stacks = {name: Stack() for name in self.stacked()}
+        self._inner = tuple(module for module in self.modules() if module is not self)
+        self.join()
+        self.register_load_state_dict_post_hook(_join_after_loading)
+
+    def join(self) -> None:
+        """Put the weights of each stack whose layers are all quantized into one storage."""
+        for name, members in self.stacked().items():
+            if all(type(member) is ConvLinear4bit for member in members):
+                self._stacks[name].join(members)  # type: ignore[arg-type]
+
+    def has_hooks(self) -> bool:
+        """Whether a hook is on a module inside, which a fused forward would not call.
+
+        accelerate and diffusers hang theirs up as a `forward` of the instance. Traced code does not look: torch.compile
+        itself does not ask again for hooks that come later.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        states = (module.__dict__ for module in self._inner)
+        return any("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"] for state in states)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.join()
+        return self
+
+
+def _join_after_loading(block: nn.Module, _: Any) -> None:
+    if isinstance(block, FusedBlock):  # no more after unfuse_
+        block.join()
+
+
+def modulations(stack: Stack, linears: Sequence[nn.Module], embedding: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Of silu(embedding (B, C)): `count` vectors (B, C) for each linear (count * C outputs), each contiguous."""
+    if all(type(linear) is ConvLinear4bit for linear in linears):
+        rows = stack(linears, lambda scheme: _modulation_input(embedding, scheme), embedding.dtype)  # type: ignore[arg-type]
+    else:
+        rows = torch.cat([linear(F.silu(embedding)) for linear in linears], dim=-1)
+    return rows.view(len(embedding), count * len(linears), -1).transpose(0, 1).contiguous().unbind(0)
+
+
+def _modulation_input(embedding: Tensor, scheme: Scheme) -> Operand:
+    """Every block of a step asks for the same: made once, for as long as the embedding lives and is not written to."""
+    if torch.compiler.is_compiling():
+        return operand(F.silu(embedding), scheme)
+    made = _modulation_inputs.setdefault(embedding, {})  # type: ignore[attr-defined]
+    version = 0 if embedding.is_inference() else embedding._version
+    if scheme not in made or made[scheme][0] != version:
+        made[scheme] = version, operand(F.silu(embedding), scheme)
+    kept: Operand = made[scheme][1]
+    return kept

@@ -1,0 +1,198 @@
+"""FLUX.1: the double and single blocks of FluxTransformer2DModel (dev, schnell, Kontext, Fill, ControlNet's too).
+
+Fused are: q, k, v (and the single block's proj_mlp) as one product of one quantized input; LayerNorm and modulation,
+GELU and the concatenation before proj_out in the quantizer; gate and residual in the product after them; RMSNorm and
+rotary embedding of q and k; both modulations of a double block. Attention goes through diffusers' dispatcher.
+
+A class here is diffusers' own with another forward, and bears its name: configs, compile_repeated_blocks and caches
+know blocks by their names. Wherever an adapter, a hook, another attention processor or a 16-bit layer is in a block,
+its forward is diffusers' own. Per op the results are those of the separate layers with fewer roundings to 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_flux as diffusers_flux
+from torch import Tensor, nn
+
+from convrot_kernels import (
+    norm_rope,
+    norm_rope_joint,
+    rotate_quantize,
+    rotate_quantize_cat_gelu,
+    rotate_quantize_gelu,
+    rotate_quantize_modulate,
+    scaled_mm_gate_residual,
+)
+from convrot_quant.config import Scheme
+from convrot_quant.families.blocks import FusedBlock, base_of, is_plain, modulations
+from convrot_quant.linear import ConvLinear4bit, quantizer_options
+from convrot_quant.stack import Operand
+
+EPS = 1e-6  # of the blocks' LayerNorms; checked in `fits`
+FLOAT16_MAX = 65504
+
+
+def _norms_fit(*norms: nn.Module) -> bool:
+    """RMSNorms with a weight and eps over heads that norm_rope takes."""
+    return all(
+        isinstance(norm, nn.RMSNorm) and norm.weight is not None and norm.eps == EPS and len(norm.normalized_shape) == 1
+        for norm in norms
+    )
+
+
+def _layer_norms_fit(*norms: nn.Module) -> bool:
+    return all(isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.eps == EPS for norm in norms)
+
+
+def _head_fits(attn: nn.Module) -> bool:
+    return attn.head_dim >= 16 and attn.head_dim & (attn.head_dim - 1) == 0
+
+
+def _is_stock(attn: Any) -> bool:
+    return type(attn.processor) is diffusers_flux.FluxAttnProcessor and not attn.fused_projections
+
+
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Callable[[Scheme], Operand]:
+    return lambda scheme: rotate_quantize_modulate(x, scale, shift, EPS, **quantizer_options(scheme, x.device))
+
+
+def _gated(layer: ConvLinear4bit, codes: Operand, gate: Tensor, residual: Tensor) -> Tensor:
+    """residual + gate * layer(codes)."""
+    a, a_scale = codes
+    return scaled_mm_gate_residual(
+        a, layer.weight, a_scale, layer.weight_scale, layer.bias, gate, residual, b_layout=layer.weight_layout
+    )
+
+
+def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, S, H, D) -> (B, S, H D), with the backend and the sharding that were set for this model."""
+    processor = attn.processor
+    out = dispatch_attention_fn(
+        q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
+    )
+    return out.flatten(2, 3).to(q.dtype)
+
+
+def _clipped(x: Tensor) -> Tensor:
+    return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
+
+
+class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransformerBlock):
+    """diffusers' single block with a fused forward."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether the fused forward computes what this block's does."""
+        attn = block.attn
+        return _norms_fit(attn.norm_q, attn.norm_k) and _layer_norms_fit(block.norm.norm) and _head_fits(attn)
+
+    def stacked(self) -> dict[str, tuple[Any, ...]]:
+        attn = self.attn
+        projection = attn.to_q, attn.to_k, attn.to_v, self.proj_mlp
+        return {"projection": tuple(map(base_of, projection)), "modulation": (base_of(self.norm.linear),)}
+
+    def _is_plain(self, projection: Sequence[Any]) -> bool:
+        return is_plain(*projection, base_of(self.proj_out)) and _is_stock(self.attn) and not self.has_hooks()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, I, C), text (B, T, C), temb (B, C) -> text, image."""
+        members, stacks = self.stacked(), self._stacks
+        if joint_attention_kwargs or image_rotary_emb is None or not self._is_plain(members["projection"]):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        attn, width, text = self.attn, self.attn.inner_dim, encoder_hidden_states.shape[1]
+        x = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+        shift, scale, gate = modulations(stacks["modulation"], members["modulation"], temb, 3)
+        projected = stacks["projection"](members["projection"], _modulated(x, scale, shift), x.dtype)
+        qk, v, hidden = projected.split((2 * width, width, self.mlp_hidden_dim), dim=-1)
+        q, k = norm_rope(qk, attn.norm_q.weight, attn.norm_k.weight, *image_rotary_emb, EPS)
+        attended = _attention(attn, q, k, v.unflatten(-1, (-1, attn.head_dim)))
+        out = base_of(self.proj_out)
+        options = quantizer_options(out.scheme, x.device)
+        x = _clipped(_gated(out, rotate_quantize_cat_gelu(attended, hidden, **options), gate, x))
+        return x[:, :text], x[:, text:]
+
+
+class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
+    """diffusers' double block with a fused forward."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether the fused forward computes what this block's does."""
+        attn, forwards = block.attn, (block.ff, block.ff_context)
+        layer_norms = (block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context)
+        return (
+            _norms_fit(attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+            and _layer_norms_fit(*layer_norms)
+            and _head_fits(attn)
+            and all(getattr(ff.net[0], "approximate", None) == "tanh" and ff.net[1].p == 0 for ff in forwards)
+            and attn.to_out[1].p == 0
+        )
+
+    def stacked(self) -> dict[str, tuple[Any, ...]]:
+        attn = self.attn
+        layers = {
+            "image": (attn.to_q, attn.to_k, attn.to_v),
+            "text": (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            "modulation": (self.norm1.linear, self.norm1_context.linear),
+        }
+        return {name: tuple(map(base_of, members)) for name, members in layers.items()}
+
+    def _is_plain(self, members: Mapping[str, Sequence[Any]]) -> bool:
+        attn, forwards = self.attn, (self.ff.net, self.ff_context.net)
+        others = (attn.to_out[0], attn.to_add_out, *(layer for net in forwards for layer in (net[0].proj, net[2])))
+        return (
+            is_plain(*members["image"], *members["text"], *map(base_of, others))
+            and _is_stock(attn)
+            and not self.has_hooks()
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, I, C), text (B, T, C), temb (B, C) -> text, image."""
+        members, stacks = self.stacked(), self._stacks
+        if joint_attention_kwargs or image_rotary_emb is None or not self._is_plain(members):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        attn, image, text = self.attn, hidden_states, encoder_hidden_states
+        vectors = modulations(stacks["modulation"], members["modulation"], temb, 6)
+        of_image, of_text = vectors[:6], vectors[6:]
+        image_qkv = stacks["image"](members["image"], _modulated(image, of_image[1], of_image[0]), image.dtype)
+        text_qkv = stacks["text"](members["text"], _modulated(text, of_text[1], of_text[0]), text.dtype)
+        added, own = (attn.norm_added_q.weight, attn.norm_added_k.weight), (attn.norm_q.weight, attn.norm_k.weight)
+        q, k, v = norm_rope_joint(text_qkv, image_qkv, *added, *own, *image_rotary_emb, EPS)
+        attended = _attention(attn, q, k, v).split((text.shape[1], image.shape[1]), dim=1)
+        image = _after_attention(image, attended[1], attn.to_out[0], self.ff, of_image)
+        text = _after_attention(text, attended[0], attn.to_add_out, self.ff_context, of_text)
+        return _clipped(text), image
+
+
+def _after_attention(x: Tensor, attended: Tensor, out: Any, ff: Any, vectors: Sequence[Tensor]) -> Tensor:
+    """One stream of a double block from attention's output on: projection and feed-forward, both gated and added."""
+    _, _, gate, ff_shift, ff_scale, ff_gate = vectors
+    out, up, down = base_of(out), base_of(ff.net[0].proj), base_of(ff.net[2])
+    x = _gated(out, rotate_quantize(attended, **quantizer_options(out.scheme, x.device)), gate, x)
+    hidden = up.multiply(*_modulated(x, ff_scale, ff_shift)(up.scheme), x.dtype)
+    return _gated(down, rotate_quantize_gelu(hidden, **quantizer_options(down.scheme, x.device)), ff_gate, x)
+
+
+for _block in (FluxSingleTransformerBlock, FluxTransformerBlock):
+    _metadata = TransformerBlockRegistry.get(_block.__bases__[-1])
+    TransformerBlockRegistry._registry[_block] = _metadata  # diffusers' caches ask by class

@@ -1,10 +1,17 @@
-"""Independent definitions: dense fp64 rotation, int64 products, the epilogue step by step. None calls an op."""
+"""Independent definitions: dense fp64 rotation, int64 products, the epilogue step by step. None calls an op.
 
+And what the tests of several GPU backends share: random products, and their comparison with reference.
+"""
+
+import zlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+
+from convrot_kernels import pack_int4, prepare_weight, reference
+from convrot_kernels.testing import assert_equal, make_codes, make_scale
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -59,3 +66,39 @@ def plain_product() -> Callable[..., Tensor]:
         return out if bias is None else out + bias.cpu().float()
 
     return product
+
+
+@pytest.fixture
+def problem() -> Callable[..., tuple[Tensor, ...]]:
+    """m, n, k, bits of a and of b -> a int8 (M, K), b int8 (N, K), a_scale, b_scale, bias fp32; the same every time."""
+
+    def make(m: int, n: int, k: int, a_bits: int = 4, b_bits: int = 4, device: str = "cuda") -> tuple[Tensor, ...]:
+        seed = zlib.crc32(f"{m} {n} {k}".encode())
+        a, b = make_codes(m, k, bits=a_bits, seed=seed), make_codes(n, k, bits=b_bits, seed=seed + 1)
+        scales = make_scale(m, seed=seed), make_scale(n, seed=seed + 1)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+        return tuple(tensor.to(device) for tensor in (a, b, *scales, bias))
+
+    return make
+
+
+@pytest.fixture
+def assert_product(problem: Callable[..., tuple[Tensor, ...]]) -> Callable[..., None]:
+    """A backend's scaled_mm at one shape against reference, bit for bit."""
+
+    def check(
+        scaled_mm: Callable[..., Tensor],
+        shape: tuple[int, int, int],
+        scheme: tuple[int, int, bool],
+        layout: str,
+        out_dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+    ) -> None:
+        a_bits, b_bits, packed = scheme
+        a, b, a_scale, b_scale, bias = problem(*shape, a_bits, b_bits)
+        a, b = pack_int4(a) if packed else a, prepare_weight(pack_int4(b) if b_bits == 4 else b, layout)
+        some_bias = None if bias_dtype is None else bias.to(bias_dtype)
+        expected = reference.scaled_mm(a, b, a_scale, b_scale, some_bias, out_dtype, b_layout=layout)
+        assert_equal(scaled_mm(a, b, a_scale, b_scale, some_bias, out_dtype, b_layout=layout), expected)
+
+    return check

@@ -4,7 +4,7 @@ Skipped where no library is built for the GPU at hand (`python -m convrot_kernel
 """
 
 import itertools
-import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ M = [1, 2, 7, 8, 9, 15, 17, 33, 63, 64, 65, 127, 129, 1000, 4097]
 N = [1, 8, 16, 24, 31, 48, 64, 80, 128, 144, 264, 3088]
 K = [32, 64, 96, 128, 160, 3072]
 GUARD = 7.0
+Problem = Callable[..., tuple[Tensor, ...]]
 
 
 @pytest.fixture(autouse=True)
@@ -39,33 +40,21 @@ def _store(codes: Tensor, packed: bool) -> Tensor:
     return pack_int4(codes) if packed else codes
 
 
-def _problem(m: int, n: int, k: int, a_bits: int = 4, b_bits: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    seed = zlib.crc32(f"{m} {n} {k}".encode())
-    a, b = make_codes(m, k, bits=a_bits, seed=seed), make_codes(n, k, bits=b_bits, seed=seed + 1)
-    a_scale, b_scale = make_scale(m, seed=seed), make_scale(n, seed=seed + 1)
-    bias = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    return a.cuda(), b.cuda(), a_scale.cuda(), b_scale.cuda(), bias.cuda()
-
-
 @pytest.mark.parametrize("m", M)
-def test_products_of_odd_shapes_are_bit_equal(m: int) -> None:
+def test_products_of_odd_shapes_are_bit_equal(m: int, assert_product: Callable[..., None]) -> None:
     for n, k in itertools.product(N, K):  # 15 x 72 shapes, each in one scheme, output and layout
         index = (m + N.index(n) + 5 * K.index(k)) % (len(SCHEMES) * len(OUTS))
-        (a_bits, b_bits, packed), out_dtype = SCHEMES[index % len(SCHEMES)], OUTS[index % len(OUTS)]
-        a, b, a_scale, b_scale, bias = _problem(m, n, k, a_bits, b_bits)
+        scheme, out_dtype = SCHEMES[index % len(SCHEMES)], OUTS[index % len(OUTS)]
         layout = list(LAYOUTS)[(n + k) // 16 % len(LAYOUTS)]
-        a, b = _store(a, packed), prepare_weight(_store(b, b_bits == 4), layout)
-        some_bias = bias if index % 2 else None
-        expected = reference.scaled_mm(a, b, a_scale, b_scale, some_bias, out_dtype, b_layout=layout)
-        actual = cutlass.scaled_mm(a, b, a_scale, b_scale, some_bias, out_dtype, b_layout=layout)
-        assert_equal(actual, expected)
+        bias_dtype = torch.float32 if index % 2 else None
+        assert_product(cutlass.scaled_mm, (m, n, k), scheme, layout, out_dtype, bias_dtype)
 
 
 @pytest.mark.parametrize("out_dtype", OUTS)
 @pytest.mark.parametrize("m", [1, 8, 16, 64, 65, 512, 4608])
 @pytest.mark.parametrize(("n", "k"), [(3072, 3072), (3072, 12288), (9216, 3072)])
-def test_products_of_flux_are_bit_equal(m: int, n: int, k: int, out_dtype: torch.dtype) -> None:
-    a, b, a_scale, b_scale, bias = _problem(m, n, k)
+def test_products_of_flux_are_bit_equal(m: int, n: int, k: int, out_dtype: torch.dtype, problem: Problem) -> None:
+    a, b, a_scale, b_scale, bias = problem(m, n, k)
     packed = pack_int4(b)
     bias = bias.to(out_dtype)
     expected = reference.scaled_mm(a, packed, a_scale, b_scale, bias, out_dtype)
@@ -91,9 +80,9 @@ def test_sums_of_one_sign_are_exact(value: int, m: int) -> None:
 
 @pytest.mark.parametrize("bias_dtype", OUTS)
 @pytest.mark.parametrize("m", [4, 40, 300])
-def test_bias_gate_and_residual_in_one_epilogue(m: int, bias_dtype: torch.dtype) -> None:
+def test_bias_gate_and_residual_in_one_epilogue(m: int, bias_dtype: torch.dtype, problem: Problem) -> None:
     for out_dtype, batch in itertools.product(OUTS, (1, 2)):
-        a, b, a_scale, b_scale, bias = _problem(batch * m, 272, 512)
+        a, b, a_scale, b_scale, bias = problem(batch * m, 272, 512)
         a, a_scale, packed = a.view(batch, m, 512), a_scale.view(batch, m), pack_int4(b)
         gate = torch.randn(batch, 272, device="cuda", dtype=bias_dtype)
         residual = torch.randn(batch, m, 272, device="cuda").to(out_dtype)
@@ -104,8 +93,8 @@ def test_bias_gate_and_residual_in_one_epilogue(m: int, bias_dtype: torch.dtype)
 
 @pytest.mark.parametrize("m", [5, 130])
 @pytest.mark.parametrize(("first", "width"), [(0, 512), (64, 512), (3, 512), (16, 1040), (8, 530)])
-def test_output_in_a_slice_leaves_its_surroundings_alone(m: int, first: int, width: int) -> None:
-    a, b, a_scale, b_scale, bias = _problem(m, 448, 256)
+def test_output_in_a_slice_leaves_its_surroundings_alone(m: int, first: int, width: int, problem: Problem) -> None:
+    a, b, a_scale, b_scale, bias = problem(m, 448, 256)
     packed = prepare_weight(pack_int4(b), BLOCKS)
     for out_dtype in OUTS:
         whole = torch.full((m + 2, width), GUARD, dtype=out_dtype, device="cuda")
@@ -118,8 +107,8 @@ def test_output_in_a_slice_leaves_its_surroundings_alone(m: int, first: int, wid
         assert_equal(whole, expected)
 
 
-def test_misaligned_and_strided_operands() -> None:
-    a, b, a_scale, b_scale, bias = _problem(40, 128, 288)
+def test_misaligned_and_strided_operands(problem: Problem) -> None:
+    a, b, a_scale, b_scale, bias = problem(40, 128, 288)
     expected = reference.scaled_mm(a[1:, 17:273], pack_int4(b[:, 16:272]), a_scale[1:], b_scale, bias)
     storage = torch.zeros(128 * 128 + 3, dtype=torch.uint8, device="cuda")
     off = storage[3:].view(128, 128)
@@ -141,8 +130,8 @@ def test_sixteen_bit_activations_are_summed_in_fp32(m: int, n: int, k: int, layo
         assert ((actual.double() - exact).abs() <= bound).all()
 
 
-def test_two_runs_a_side_stream_and_a_captured_graph_agree() -> None:
-    a, b, a_scale, b_scale, bias = _problem(300, 512, 1024)
+def test_two_runs_a_side_stream_and_a_captured_graph_agree(problem: Problem) -> None:
+    a, b, a_scale, b_scale, bias = problem(300, 512, 1024)
     packed = prepare_weight(pack_int4(b), BLOCKS)
     arguments = (a, packed, a_scale, b_scale, bias)
     expected = cutlass.scaled_mm(*arguments, b_layout=BLOCKS)
@@ -164,9 +153,9 @@ def test_two_runs_a_side_stream_and_a_captured_graph_agree() -> None:
         assert_equal(out, cutlass.scaled_mm(fresh[0], packed, fresh[1], b_scale, bias, b_layout=BLOCKS))
 
 
-def test_new_addresses_get_new_descriptors() -> None:
+def test_new_addresses_get_new_descriptors(problem: Problem) -> None:
     for seed in range(200):  # more than a thread keeps
-        a, b, a_scale, b_scale, bias = _problem(72 + seed % 3, 256, 256)
+        a, b, a_scale, b_scale, bias = problem(72 + seed % 3, 256, 256)
         a, a_scale = a.clone(), a_scale * (seed + 1)
         packed = prepare_weight(pack_int4(b), BLOCKS)
         expected = reference.scaled_mm(a, packed, a_scale, b_scale, bias, b_layout=BLOCKS)

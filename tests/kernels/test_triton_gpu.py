@@ -1,6 +1,8 @@
 """The Triton backend on a GPU, at the shapes of FLUX.1-dev: 4096 image and 512 text tokens, hidden size 3072."""
 
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +15,36 @@ from convrot_kernels.testing import assert_codes_close, assert_equal, make_codes
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROWS = [1, 512, 4096, 4608]
 MATRICES = [(3072, 3072), (9216, 3072), (12288, 3072), (21504, 3072), (3072, 12288), (3072, 15360)]  # N, K
+
+
+class Family(NamedTuple):
+    """Shapes that share compilations: all that Triton asks of an extent is whether it is 1 or a multiple of 16."""
+
+    m: list[int]
+    n: list[int]
+    k: list[int]
+    scheme: tuple[int, int, bool]  # bits of a and of b, whether a is packed
+    layout: str
+    out_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+
+
+# at and off the edges of tiles (M 16 to 128, N 32 to 128, K 128); 960 shapes, 25 compilations
+OFF = [2, 7, 15, 17, 33, 63, 65, 127, 255, 257, 1000, 4097]
+ODD = {
+    "halves": Family(
+        [1, 16, 128, *OFF],
+        [*(7, 31, 65, 130), *(16, 64, 128, 272)],
+        [128, 256, 384, 896],
+        *((4, 4, False), "halves128", torch.bfloat16, torch.float32),
+    ),
+    "wide": Family(
+        OFF, [3, 31, 33, 63, 129, 250], [32, 96, 160, 288], *((8, 4, False), "row_major", torch.float16, None)
+    ),
+    "pairs": Family(
+        OFF, [16, 32, 80, 144], [34, 130, 202, 330], *((4, 4, True), "row_major", torch.float32, torch.bfloat16)
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +113,13 @@ def test_products_equal_reference(m: int, n: int, k: int, layout: str) -> None:
     expected = reference.scaled_mm_gate_residual(a4, b, a_scale, b_scale, bias, gate, residual)
     actual = ck.scaled_mm_gate_residual(a4, weight, a_scale, b_scale, bias, gate, residual, b_layout=layout)
     assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("family", list(ODD))
+def test_products_of_odd_shapes_are_bit_equal(family: str, assert_product: Callable[..., None]) -> None:
+    rows, columns, depths, *how = ODD[family]
+    for shape in itertools.product(rows, columns, depths):
+        assert_product(ck.scaled_mm, shape, *how)
 
 
 @pytest.mark.parametrize("m", [1, 100, 4608])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_MININTERVAL", "1")
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 PROMPTS = ("a red cube", "a blue sphere behind a cone")
 
@@ -99,6 +102,77 @@ def shards(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def prompts() -> tuple[str, ...]:
     return PROMPTS
+
+
+class RecordedGraph:
+    """Replays by running the function again, into the same results."""
+
+    def __init__(self, forward: Callable[[], Any], result: Any) -> None:
+        self.forward, self.results, self.alive, self.replays = forward, pytree.tree_leaves(result), True, 0
+
+    def replay(self) -> None:
+        assert self.alive, "a graph that was freed"
+        self.replays += 1
+        for old, new in zip(self.results, pytree.tree_leaves(self.forward()), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
+    def reset(self) -> None:
+        self.alive = False
+
+
+class Recorder:
+    """In the place of CudaCaptures: what was captured, on the CPU, and how often it was replayed."""
+
+    device_type, reason = "cpu", None
+
+    def __init__(self) -> None:
+        self.graphs: list[RecordedGraph] = []
+        self.pools = self.running = self.settled = self.trimmed = 0
+
+    def why_not(self) -> str | None:
+        return self.reason
+
+    def busy(self) -> bool:
+        return False
+
+    def open(self, device: torch.device) -> int:
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def turn(self, pool: int) -> Iterator[None]:
+        self.running += 1
+        assert self.running == 1, "two replays share memory"
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    def record(self, forward: Callable[[], Any], pool: int) -> tuple[RecordedGraph, Any]:
+        result = [forward() for _ in range(2)][-1]
+        self.graphs.append(RecordedGraph(forward, result))
+        return self.graphs[-1], result
+
+    def settle(self, pool: int) -> None:
+        self.settled += 1
+
+    def trim(self) -> None:
+        self.trimmed += 1
+
+    @property
+    def alive(self) -> int:
+        return sum(graph.alive for graph in self.graphs)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """CUDA graphs without a GPU."""
+    from convrot_quant import graphs
+
+    stand_in = Recorder()
+    monkeypatch.setattr(graphs, "CAPTURES", stand_in)
+    return stand_in
 
 
 def _write_pipeline(folder: Path) -> None:

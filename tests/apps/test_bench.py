@@ -11,9 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from convrot_bench import methods, ops, report, shapes
+from convrot_bench.bench import Bench, GateError, Job, run
 from convrot_bench.cli import app
 from convrot_bench.ops import costs, gates, linears, peers, problems, rotations, step
-from convrot_bench.ops.problems import Bench, GateError, Source, backends_of, prepared
+from convrot_bench.ops.problems import Source, backends_of, prepared
 from convrot_bench.results import REQUIRED, Writer, load, ratio
 from convrot_kernels import dispatch, reference, rotate_quantize, scaled_mm, transforms
 from convrot_kernels.testing import gemm_operations, make_inputs
@@ -125,14 +126,14 @@ def test_gates_compare_the_last_rows_of_the_full_shape(wrong_backend):
 
 def test_what_fails_its_gate_has_no_row_and_the_rest_does(wrong_backend, clock, tmp_path):
     bench, _ = bench_of("reference", wrong_backend)
-    jobs = [ops.Job("gemm", lambda bench: linears.gemm_w4a4(bench, 8, 64, 256))]
+    jobs = [Job("gemm", lambda bench: linears.gemm_w4a4(bench, 8, 64, 256))]
 
     def broken(bench):
         yield from ()
         raise RuntimeError("no memory")
 
     with pytest.raises(GateError, match=r"2 not timed: .*broken: no memory; .*scaled_mm of wrong"):
-        ops.run(Writer(tmp_path / "o.jsonl", "ops", FACTS), bench, [ops.Job("broken", broken), *jobs])
+        run(Writer(tmp_path / "o.jsonl", "ops", FACTS), bench, [Job("broken", broken), *jobs])
     rows = load([tmp_path / "o.jsonl"])
     assert [(r["case"], r["backend"], r["ratio"]) for r in rows] == [("gemm_w4a4", "reference", 0.5)]
 

@@ -1,5 +1,6 @@
 """save_quantized and load_quantized: bit-equal round trips, and one sentence for every way a folder can be wrong."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,26 @@ def test_loading_allocates_no_16_bit_weights(one: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(convrot_quant.checkpoint, "build_quantized", spy)
     load_quantized(one)
     assert set(built) == {"meta"}
+
+
+def test_a_model_holds_the_only_copy_of_its_codes_when_it_comes_to_its_device(
+    one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There layers may take another order, one at a time: what a second reference keeps alive would add up."""
+    from diffusers import FluxTransformer2DModel
+
+    others = []
+
+    def to(model: nn.Module, *_: object) -> nn.Module:
+        kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        tensors = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.dtype == torch.uint8]
+        codes = {t.data_ptr() for t in model.parameters() if t.dtype == torch.uint8}
+        others.extend(t for t in tensors if id(t) not in kept and t.data_ptr() in codes)
+        return model
+
+    monkeypatch.setattr(FluxTransformer2DModel, "to", to)
+    load_quantized(one)
+    assert others == []
 
 
 def test_dtype_casts_what_is_in_16_bits_and_nothing_else(one: Path, run: Run) -> None:

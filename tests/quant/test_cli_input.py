@@ -54,7 +54,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_pipeline(*_: object, **__: object) -> None:
         raise AssertionError("loaded a pipeline before the check")
 
-    monkeypatch.setattr(convrot_quant.cli.generate, "load_pipeline", load_pipeline)
+    for name in ("load_pipeline", "outline_pipeline"):
+        monkeypatch.setattr(convrot_quant.cli.generate, name, load_pipeline)
 
 
 @pytest.mark.usefixtures("no_work")

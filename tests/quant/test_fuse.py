@@ -142,6 +142,25 @@ def test_every_preset_stays_as_close_to_16_bits_as_unfused(make_flux: Flux, run:
     assert _distance(run(fused), exact) < 1.1 * _distance(run(plain), exact) + 0.01
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_streams_of_a_single_block_are_joined_without_a_copy_where_they_lie_so(batch: int) -> None:
+    whole = make_inputs(batch, 9, 32)
+    with torch.no_grad():
+        joined = fused_flux._in_a_row(whole[:, :4], whole[:, 4:])
+        assert joined.data_ptr() == whole.data_ptr()
+        assert_equal(joined, whole)
+        for text, image in (
+            (whole[:, :4].clone(), whole[:, 4:]),
+            (whole[:, :4], whole[:, 5:]),
+            (whole[:, 5:], whole[:, :5]),
+            (whole[..., :16][:, :4], whole[..., :16][:, 4:]),
+        ):
+            joined = fused_flux._in_a_row(text, image)
+            assert joined.data_ptr() != whole.data_ptr()
+            assert_equal(joined, torch.cat((text, image), 1))
+    assert fused_flux._in_a_row(whole[:, :4], whole[:, 4:]).data_ptr() != whole.data_ptr()  # gradients need both
+
+
 def test_fp16_is_clipped_as_diffusers_clips_it(make_flux: Flux) -> None:
     fused, _ = _pair(make_flux, dtype=torch.float16)
     inputs = _block_inputs(fused, dtype=torch.float16)
@@ -345,6 +364,8 @@ def test_group_offload_gives_the_same_output(make_flux: Flux, run: Run, kind: st
     )
     assert_equal(run(fused), expected)
     assert_equal(run(fused), expected)
+    if kind == "leaf_level":  # nothing holds on to what hooks move
+        assert not any(stack._parts for name in BLOCKS for stack in fused.get_submodule(name)._stacks.values())
 
 
 def test_the_first_block_cache_knows_fused_blocks(make_flux: Flux, run: Run) -> None:

@@ -1,1 +1,1 @@
-"""The benchmark suite: `convrot-bench ops | quality | report`, one JSON Lines format, tables made from it."""
+"""The benchmark suite: `convrot-bench ops | model | quality | report`, one JSON Lines format, tables made from it."""

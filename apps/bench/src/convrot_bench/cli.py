@@ -12,6 +12,8 @@ from rich.console import Console
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
 console = Console(stderr=True, highlight=False)
 
+MODEL_OUT, TINY_OUT = Path("docs/results/model.jsonl"), Path("outputs/model_tiny.jsonl")
+TABLES = "step, sizes, peers, families, pipeline or breakdown"
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
 
 
@@ -38,7 +40,8 @@ def ops(
     from rich.progress import track
 
     from convrot_bench import shapes as data
-    from convrot_bench.ops import plan, prepare, run, select
+    from convrot_bench.bench import run
+    from convrot_bench.ops import plan, prepare, select
     from convrot_bench.results import Writer
 
     sizes = {
@@ -51,6 +54,44 @@ def ops(
     jobs = plan(bench, cases, sizes[shapes], repeats)
     bar = partial(track, description="ops", console=console, disable=not console.is_terminal, transient=True)
     run(Writer(out, "ops"), bench, jobs, bar)
+
+
+@app.command()
+def model(
+    table: Annotated[list[str] | None, typer.Option(help=f"{TABLES} (repeat); default: all")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"JSON lines are appended; default: {MODEL_OUT}")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="pixels, of the table sizes (repeat); default: all")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="of the table sizes (repeat); default: all")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="of the table peers (repeat); default: all")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="a toy of the same form, in seconds; never a result")] = False,
+    device: Device = "auto",
+) -> None:
+    """Time whole models of real size with random weights, BF16 against ours and other projects against ours.
+
+    Each table stays below ten minutes on an H200 by itself.
+
+    Example:  convrot-bench model --table step --out outputs/model.jsonl
+
+    Example:  convrot-bench model --table sizes --size 2048 --batch 1 --out outputs/model.jsonl
+
+    Example:  convrot-bench model --table peers --peer torchao_fp8 --out outputs/model.jsonl
+
+    Example:  convrot-bench model --tiny --device cpu
+    """
+    from rich.progress import track
+
+    from convrot_bench.bench import run
+    from convrot_bench.model import plan, select
+    from convrot_bench.ops import prepare
+    from convrot_bench.results import Writer
+
+    where, target = _device(device), out or (TINY_OUT if tiny else MODEL_OUT)
+    if tiny and target.resolve().is_relative_to(MODEL_OUT.parent.resolve()):
+        raise ValueError(f"model: --tiny measures no real model, and {target} is among results; use another --out")
+    scale = select(where, tiny=tiny, sizes=size or (), batches=batch or (), peers=peer or ())
+    jobs = plan(scale, table or [])
+    bar = partial(track, description="model", console=console, disable=not console.is_terminal, transient=True)
+    run(Writer(target, "model"), prepare(where, console.print), jobs, bar)
 
 
 @app.command()
@@ -84,18 +125,22 @@ def report(
     results: Annotated[Path, typer.Option(help="folder of JSON lines", exists=True, file_okay=False)] = Path(
         "docs/results"
     ),
+    images: Annotated[Path, typer.Option(help="folder of pictures", file_okay=False)] = Path("docs/images"),
     check: Annotated[bool, typer.Option(help="change nothing; exit code 1 if a page is out of date")] = False,
 ) -> None:
-    """Fill the tables of README and docs from the committed results.
+    """Fill the tables of README and docs, and draw where a step goes, from the committed results.
 
     Example:  convrot-bench report README.md docs/quality.md
     """
+    from convrot_bench.breakdown_plot import draw
     from convrot_bench.report import update
+    from convrot_bench.results import load
 
     targets = pages or [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
-    changed = update(sorted(results.glob("*.jsonl")), targets, check=check)
+    files = sorted(results.glob("*.jsonl"))
+    changed = update(files, targets, check=check) + draw(load(files), images, check=check)
     for page in changed:
-        console.print(f"{page}: {'out of date, run convrot-bench report' if check else 'filled'}")
+        console.print(f"{page}: {'out of date, run convrot-bench report' if check else 'made new'}")
     if check and changed:
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from convrot_bench.methods import METHODS
+from convrot_bench.model_speed import model_bars_table, model_table
 from convrot_bench.results import load
 from convrot_bench.speed import bars_table, ops_table
 
@@ -97,6 +98,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "layers": layers_table,
     "ops": ops_table,
     "bars": bars_table,
+    "model": model_table,
+    "model_bars": model_bars_table,
 }
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 

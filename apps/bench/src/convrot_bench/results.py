@@ -20,15 +20,17 @@ REQUIRED = (
     "commit", "date", "command", "run_id",
 )  # fmt: skip
 BENCHES = ("ops", "model", "quality")
-SMALLER_IS_BETTER = ("us", "ms", "s", "bytes", "relative_l2")
+SMALLER_IS_BETTER = ("us", "ms", "s", "s/image", "bytes", "relative_l2")
 LARGER_IS_BETTER = ("db", "ssim", "share", "tops", "gb_s")
 
 
-def ratio(ours: float, baseline: float, unit: str) -> float | None:
+def ratio(ours: float, baseline: float | None, unit: str) -> float | None:
     """How many times better ours is than the baseline: above 1 is better, for times and bytes as for decibels.
 
-    None where the baseline is 0 and has no multiple.
+    None where the baseline is 0 and has no multiple, or does not run.
     """
+    if baseline is None:
+        return None
     if unit in SMALLER_IS_BETTER:
         return baseline / ours if ours else None
     if unit in LARGER_IS_BETTER:
@@ -91,12 +93,15 @@ def _commit() -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """What a case measured: the part of a row that the writer does not know."""
+    """What a case measured: the part of a row that the writer does not know.
+
+    `baseline` is None where it does not run: `more` then says why, as `error`.
+    """
 
     case: str
     shape: dict[str, Any]
     ours: float
-    baseline: float
+    baseline: float | None
     unit: str
     baseline_name: str
     more: dict[str, Any] = field(default_factory=dict)
@@ -117,11 +122,23 @@ class Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(
-        self, case: str, shape: dict[str, Any], ours: float, baseline: float, unit: str, baseline_name: str, **more: Any
+        self,
+        case: str,
+        shape: dict[str, Any],
+        ours: float,
+        baseline: float | None,
+        unit: str,
+        baseline_name: str,
+        **more: Any,
     ) -> dict[str, Any]:
-        """One row; returns it. Values must be finite: a figure that could not be measured is not a row."""
+        """One row; returns it. Values must be finite: a figure that could not be measured is not a row.
+
+        Only a baseline may lack its figure, and then the row says why (`error`) and has no ratio.
+        """
+        if baseline is None and not more.get("error"):
+            raise ValueError(f"{case}: without a figure of {baseline_name} the row has to say why, as `error`")
         for name, value in (("ours", ours), ("baseline", baseline)):
-            if not math.isfinite(value):
+            if value is not None and not math.isfinite(value):
                 raise ValueError(f"{case}: {name} must be finite, got {value}; leave the row out and say why")
         row = {
             "bench": self.bench, "case": case, "shape": shape, "ours": ours, "baseline": baseline, "unit": unit,

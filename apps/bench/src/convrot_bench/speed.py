@@ -1,48 +1,11 @@
 """Tables of the op benchmarks: every figure (docs/benchmarks.md), and the bars with what was measured (README)."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from statistics import median
-from typing import Any
 
-Row = dict[str, Any]
-Rows = list[Row]
+from convrot_bench.bars import Check, Row, Rows, by_shape, constant, current, head, named, on_gpus
 
 NOTHING = "No op runs are committed yet."
-MET, MISSED = "✓", "**missed**"
-
-
-def current(rows: Rows) -> Rows:
-    """Op rows of the newest machine (GPU and torch) and, for each case, of the newest commit that has it."""
-    rows = [r for r in rows if r["bench"] == "ops"]
-    if not rows:
-        return []
-    newest = max(rows, key=_when)
-    rows = [r for r in rows if (r["gpu"], r["torch"]) == (newest["gpu"], newest["torch"])]
-    commits = {r["case"]: r["commit"] for r in sorted(rows, key=_when)}
-    return [r for r in rows if r["commit"] == commits[r["case"]]]
-
-
-def _when(row: Row) -> str:
-    return str(row["date"])
-
-
-def _head(rows: Rows) -> str:
-    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
-    runs = len({r["run_id"] for r in rows})
-    return f"{rows[-1]['gpu']}, torch {rows[-1]['torch']}, commit {commits}, {runs} run(s); medians over runs."
-
-
-def _by_shape(rows: Rows) -> dict[str, Rows]:
-    groups: dict[str, Rows] = {}
-    for r in rows:
-        groups.setdefault(f"{r['shape']} {r['backend']}", []).append(r)
-    return groups
-
-
-def _named(shape: Row, keys: Sequence[str] | None = None) -> str:
-    return ", ".join(f"{key}={value}" for key, value in shape.items() if keys is None or key in keys)
 
 
 # every figure
@@ -55,8 +18,8 @@ def ops_table(rows: Rows) -> str:
         return NOTHING
     parts = []
     for gpu in dict.fromkeys(r["gpu"] for r in rows):
-        some = current([r for r in rows if r["gpu"] == gpu])
-        parts.append(_head(some))
+        some = current([r for r in rows if r["gpu"] == gpu], "ops")
+        parts.append(head(some))
         parts += [
             _case_table([r for r in some if r["case"] == case]) for case in dict.fromkeys(r["case"] for r in some)
         ]
@@ -71,10 +34,10 @@ def _case_table(rows: Rows) -> str:
         "| shape | backend | ours | baseline | times | speed | more |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for some in _by_shape(rows).values():
+    for some in by_shape(rows).values():
         ours, baseline, times = (median(r[key] for r in some) for key in ("ours", "baseline", "ratio"))
         cells = (_number(ours), _number(baseline), f"{times:.2f}", _speed(some), _more(some))
-        lines.append(f"| {_named(some[0]['shape'])} | {some[0]['backend']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {named(some[0]['shape'])} | {some[0]['backend']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -105,64 +68,6 @@ def _more(rows: Rows) -> str:
 
 
 # bars
-
-
-def _always(row: Row) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Check:
-    """One measurable part of a bar: `case`'s rows that `where` takes, of `shapes` shapes, against `bar(shape)`."""
-
-    case: str
-    bar: Callable[[Row], float]
-    where: Callable[[Row], bool] = _always
-    label: str = ""
-    shapes: int = 1
-    figure: str = "ratio"
-    at_most: bool = False
-    text: Callable[[Rows], str] | None = None  # of the one shape, instead of the figure
-    missed: str = MISSED
-
-    def measured(self, rows: Rows) -> str:
-        """What was measured, lowest to highest over shapes, the worst shape, and whether the bar is met."""
-        groups = list(_by_shape([r for r in rows if r["case"] == self.case and self.where(r)]).values())
-        label = f"{self.label}: " if self.label else ""
-        if not groups:
-            return f"{label}not measured"
-        values = [median(r[self.figure] for r in g) for g in groups]
-        margins = [self._margin(v, g[0]["shape"]) for v, g in zip(values, groups, strict=True)]
-        if len(groups) < self.shapes:
-            verdict = f"**incomplete, {len(groups)} of {self.shapes} shapes**"
-        else:
-            verdict = MET if min(margins) >= 1 else self.missed
-        said = self.text(groups[0]) if self.text else self._range(values)
-        worst = groups[margins.index(min(margins))][0]["shape"]
-        varied = [k for k in worst if len({str(g[0]["shape"].get(k)) for g in groups}) > 1]
-        place = f"(worst at {_named(worst, varied)})" if varied else ""
-        return label + " ".join(part for part in (said, place, verdict) if part)
-
-    def _margin(self, value: float, shape: Row) -> float:
-        return self.bar(shape) / value if self.at_most else value / self.bar(shape)
-
-    def _range(self, values: Sequence[float]) -> str:
-        """Rounded to the side that flatters less."""
-        toward = math.ceil if self.at_most else math.floor
-        low, high = (toward(round(v * 100, 6)) for v in (min(values), max(values)))
-        if self.figure == "over_plain":
-            return f"+{_span(str(low - 100), str(high - 100))} %"
-        if self.case.startswith("rotate_quantize"):
-            return f"{_span(str(low), str(high))} %"
-        return f"{_span(f'{low / 100:.2f}', f'{high / 100:.2f}')}x"
-
-
-def _span(low: str, high: str) -> str:
-    return low if low == high else f"{low}–{high}"
-
-
-def _constant(value: float) -> Callable[[Row], float]:
-    return lambda shape: value
 
 
 def _square(square: float, others: float) -> Callable[[Row], float]:
@@ -208,7 +113,7 @@ def _nothing(rows: Rows) -> str:
 
 def _bits(rows: Rows) -> str:
     row = rows[0]
-    return f"{row['bits_per_weight']:g} bits, {row['scale_bytes']:,} bytes of scales for {_named(row['shape'])}"
+    return f"{row['bits_per_weight']:g} bits, {row['scale_bytes']:,} bytes of scales for {named(row['shape'])}"
 
 
 _PEER = "linear_w4a4_vs_comfy_kitchen"
@@ -218,8 +123,8 @@ BARS: tuple[tuple[str, str, tuple[Check, ...]], ...] = (
         ">= 1.75x torch.matmul bf16 (1.70x at 3072x3072); all 304 GEMMs of a step as one graph >= 1.8x (moonshot 1.9x)",
         (
             Check("gemm_w4a4", _square(1.70, 1.75), _product(4608), shapes=6),
-            Check("gemm_step", _constant(1.8), label="step"),
-            Check("gemm_step", _constant(1.9), label="moonshot 1.9x", text=_nothing, missed="not reached"),
+            Check("gemm_step", constant(1.8), label="step"),
+            Check("gemm_step", constant(1.9), label="moonshot 1.9x", text=_nothing, missed="not reached"),
         ),
     ),
     (
@@ -234,27 +139,27 @@ BARS: tuple[tuple[str, str, tuple[Check, ...]], ...] = (
         "M=512, same shapes",
         ">= 1.1x whole op where N or K >= 9216, and never below 0.85x",
         (
-            Check("linear_w4a4", _constant(1.1), _product(512, least=9216), label="N or K >= 9216", shapes=5),
-            Check("linear_w4a4", _constant(0.85), _product(512), label="all", shapes=6),
+            Check("linear_w4a4", constant(1.1), _product(512, least=9216), label="N or K >= 9216", shapes=5),
+            Check("linear_w4a4", constant(0.85), _product(512), label="all", shapes=6),
         ),
     ),
     (
         "M=1, N=18432, W4A16 GEMV",
         ">= 3x bf16",
-        (Check("gemv_w4a16", _constant(3), _widest_gemv),),
+        (Check("gemv_w4a16", constant(3), _widest_gemv),),
     ),
     (
         "rotate_quantize, compiled",
         "at M >= 4096 >= 85 % of the speed of a copy of the same bytes (no prologue); Triton >= 45 %; "
         "at K=3072 with GELU at most 35 %, with LayerNorm + modulate at most 60 % more time",
         (
-            Check("rotate_quantize", _constant(0.85), _prologue("none"), shapes=6),
-            Check("rotate_quantize_triton", _constant(0.45), _prologue("none"), label="Triton", shapes=6),
+            Check("rotate_quantize", constant(0.85), _prologue("none"), shapes=6),
+            Check("rotate_quantize_triton", constant(0.45), _prologue("none"), label="Triton", shapes=6),
             Check(
-                "rotate_quantize", _constant(1.35), _prologue("gelu", 3072), "GELU", 2, "over_plain", at_most=True
+                "rotate_quantize", constant(1.35), _prologue("gelu", 3072), "GELU", 2, "over_plain", at_most=True
             ),
             Check(
-                "rotate_quantize", _constant(1.60), _prologue("modulate", 3072), "LayerNorm + modulate", 2,
+                "rotate_quantize", constant(1.60), _prologue("modulate", 3072), "LayerNorm + modulate", 2,
                 "over_plain", at_most=True,
             ),
         ),
@@ -262,18 +167,18 @@ BARS: tuple[tuple[str, str, tuple[Check, ...]], ...] = (
     (
         "Triton scaled_mm at M=4608",
         ">= 1.2x torch.matmul bf16",
-        (Check("gemm_w4a4", _constant(1.2), _product(4608, triton=True), shapes=6),),
+        (Check("gemm_w4a4", constant(1.2), _product(4608, triton=True), shapes=6),),
     ),
     (
         "weights in GPU memory",
         "4.0 bits a weight plus scales",
-        (Check("weight_bits", _constant(4.0), figure="bits_per_weight", at_most=True, text=_bits),),
+        (Check("weight_bits", constant(4.0), figure="bits_per_weight", at_most=True, text=_bits),),
     ),
     (
         "host cost of an op, M=64",
         "at most F.linear bf16's",
         tuple(
-            Check("host_cost", _constant(1), _op(op), label=op, text=_microseconds)
+            Check("host_cost", constant(1), _op(op), label=op, text=_microseconds)
             for op in ("rotate_quantize", "scaled_mm")
         ),
     ),
@@ -282,10 +187,10 @@ BARS: tuple[tuple[str, str, tuple[Check, ...]], ...] = (
 
 def bars_table(rows: Rows) -> str:
     """What, its bar, and what the newest GPU's runs measured."""
-    rows = current([r for r in rows if r["bench"] == "ops" and not r["gpu"].startswith("none")])
+    rows = current(on_gpus(rows), "ops")
     if not rows:
         return NOTHING
     lines = ["| what | bar | measured |", "| --- | --- | --- |"]
     for what, bar, checks in BARS:
         lines.append(f"| {what} | {bar} | {'; '.join(check.measured(rows) for check in checks)} |")
-    return "\n".join([_head(rows), "", *lines])
+    return "\n".join([head(rows), "", *lines])

@@ -3,10 +3,12 @@
 from convrot_quant.checkpoint import load_quantized, save_quantized
 from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.fuse import fuse_, unfuse_
+from convrot_quant.graphs import cuda_graphs_
 from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.patch import apply, dequantize_, plan, quantize_
 from convrot_quant.plans import LayerPlan, Plan
+from convrot_quant.streaming import load_and_quantize
 
 __all__ = [
     "CheckpointError",
@@ -16,8 +18,10 @@ __all__ = [
     "QuantConfig",
     "Scheme",
     "apply",
+    "cuda_graphs_",
     "dequantize_",
     "fuse_",
+    "load_and_quantize",
     "load_quantized",
     "plan",
     "quantize_",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from convrot_quant.folders import replace_folder
+from convrot_quant.fuse import fuse_
 from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
 from convrot_quant.manifest import (
     FORMAT_VERSION,
@@ -32,10 +31,11 @@ from convrot_quant.manifest import (
     CheckpointError,
     Manifest,
     read_manifest,
+    refuse_names,
 )
 from convrot_quant.patch import plan_of
 from convrot_quant.rules import linears
-from convrot_quant.skeleton import empty_model
+from convrot_quant.skeleton import empty_model, keeps_fp32
 
 PACKAGES = ("convrot-quant", "convrot-kernels", "torch", "diffusers")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -120,11 +120,16 @@ def write_quantized(model: nn.Module, folder: Path, *, max_shard_size: int | str
 
 
 def load_quantized(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, progress: bool = False
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fuse: bool = True,
+    progress: bool = False,
 ) -> nn.Module:
     """Read a folder of save_quantized: built on the meta device, then every tensor assigned, strictly, bit for bit.
 
-    `dtype` casts what is in 16 bits (and biases) after loading; codes and scales are never cast.
+    `dtype` casts what is in 16 bits (and biases) after loading; codes and scales are never cast. `fuse`: as in apply.
     """
     manifest = read_manifest(folder)
     model = build_quantized(manifest)
@@ -140,18 +145,21 @@ def load_quantized(
                 tensor = file.get_tensor(name)
                 state[name] = tensor.view(torch.uint8) if name in packed else tensor
     model.load_state_dict(state, strict=True, assign=True)
+    del state  # layers that take another order below would otherwise leave their codes in it
     model.to(device)  # buffers that are not in the state_dict
     if dtype is not None:
         _cast(model, dtype)
     model.convrot_plan = manifest.plan  # type: ignore[assignment]  # a dict, not a Module: for saving again
+    if fuse:
+        fuse_(model)
     return model.eval()
 
 
 def build_quantized(manifest: Manifest) -> nn.Module:
     """The model of a manifest with its parameters on the meta device, planned layers already ConvLinear4bit."""
     _check_dtypes(manifest)
-    with _default_dtype(manifest):
-        model = empty_model(manifest.folder, manifest.config, most_parameters=2 * len(manifest.tensors))
+    most = 2 * len(manifest.tensors)
+    model = empty_model(manifest.folder, manifest.config, dtype=_most_common_dtype(manifest), most_parameters=most)
     _check_shapes(manifest, model)
     dtypes = {layer.name: getattr(torch, layer.dtype) for layer in manifest.plan.layers}
     for name, scheme in manifest.plan.items():
@@ -205,10 +213,7 @@ def check_tensors(manifest: Manifest, model: nn.Module) -> None:
     """Every tensor of the model is in the files with its shape and, where the format fixes it, dtype; and no other."""
     expected = model.state_dict()
     lacking, unknown = expected.keys() - manifest.tensors.keys(), manifest.tensors.keys() - expected.keys()
-    for names, what in ((lacking, "lacks"), (unknown, "has an unknown")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{manifest.folder}: {what} tensor {min(names)!r}{more}; save the model again")
+    refuse_names(manifest.folder, lacking, unknown, "save the model again")
     for name, tensor in expected.items():
         header = manifest.tensors[name]
         if header.shape != tuple(tensor.shape):
@@ -245,23 +250,16 @@ def _packed_names(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in layers if module.scheme.weight_bits == 4}
 
 
-@contextmanager
-def _default_dtype(manifest: Manifest) -> Iterator[None]:
-    """The layers' dtype as torch's default while a model is built, as diffusers does: computed buffers depend on it."""
+def _most_common_dtype(manifest: Manifest) -> torch.dtype | None:
+    """The layers' dtype, or None where there are none."""
     dtypes = Counter(layer.dtype for layer in manifest.plan.layers).most_common(1)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtypes[0][0]) if dtypes else before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return getattr(torch, dtypes[0][0]) if dtypes else None
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast 16-bit values; scales, codes and what the model wants in fp32 keep their dtype."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not kept & set(name.split(".")) and not name.endswith(".weight_scale"):
+        if tensor.is_floating_point() and not keeps_fp32(model, name) and not name.endswith(".weight_scale"):
             tensor.data = tensor.data.to(dtype)
     for module in model.modules():
         if isinstance(module, ConvLinear4bit):

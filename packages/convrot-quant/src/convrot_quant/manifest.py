@@ -7,6 +7,7 @@ A folder is `config.json`, and either one safetensors file or shards with an ind
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def is_quantized(folder: str | Path) -> bool:
     if isinstance(mark, dict) and mark.get("quant_method") == MARK["quant_method"]:
         return True
     for path in sorted(Path(folder).glob("*.safetensors")):
-        metadata, tensors = _read_header(path)
+        metadata, tensors = read_header(path)
         return any(key.startswith("convrot_") for key in metadata) or _lacks_plan(metadata, tensors)
     return False
 
@@ -72,12 +73,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a quantized folder's headers, without its tensors."""
     folder = Path(folder)
     config = {key: value for key, value in read_config(folder).items() if key != MARK_KEY}
-    index = _read_index(folder)
+    index = read_index(folder)
     files = sorted({folder / name for name in index.values()}) if index else [folder / WEIGHTS]
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorHeader] = {}
     for path in files:
-        own, found = _read_header(path)
+        own, found = read_header(path)
         if _lacks_plan(own, found):
             raise CheckpointError(
                 f"{path}: a quantized model written by save_pretrained(), which leaves out the plan; write it with "
@@ -137,7 +138,7 @@ def diffusers_class(folder: Path, config: dict[str, Any]) -> Any:
     return found
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """{tensor: file} of a sharded folder, {} of a folder with one file; a name that leaves the folder is refused."""
     path = folder / INDEX
     if not path.is_file():
@@ -161,7 +162,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     return {str(tensor): str(name) for tensor, name in entries.items()}
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]]:
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]]:
     """Metadata and tensors' headers of one file."""
     if not path.is_file():
         raise CheckpointError(
@@ -176,6 +177,14 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]]:
             return dict(file.metadata() or {}), tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged ({error}); copy or save it again") from None
+
+
+def refuse_names(folder: Path, lacking: Set[str], unknown: Set[str], remedy: str) -> None:
+    """The error for tensors that a model has and its files lack, or the other way round."""
+    for names, what in ((lacking, "lacks"), (unknown, "has an unknown")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{folder}: {what} tensor {min(names)!r}{more}; {remedy}")
 
 
 def _check_metadata(path: Path, own: dict[str, str], first: dict[str, str]) -> None:

@@ -15,13 +15,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from convrot_quant.checkpoint import load_quantized, write_quantized
+from convrot_kernels import preferred_layout
+from convrot_quant.checkpoint import build_quantized, load_quantized, write_quantized
 from convrot_quant.config import QuantConfig
 from convrot_quant.folders import replace_folder
-from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config
-from convrot_quant.patch import apply, plan
+from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config, read_manifest
+from convrot_quant.patch import plan_of
 from convrot_quant.plans import Plan
-from convrot_quant.skeleton import empty_model
+from convrot_quant.streaming import empty_16bit, load_and_quantize, outline
 
 TRANSFORMERS = ("transformer", "transformer_2")  # Wan 2.2 has two
 _ROOT_FILES = ("model_index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -95,7 +97,7 @@ def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def meta_transformer(path: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A transformer's modules with shapes and no values, from its config.json alone."""
-    return empty_model(path, read_config(path)).to(dtype)
+    return empty_16bit(path, dtype)
 
 
 def load_transformer(path: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> nn.Module:
@@ -110,19 +112,70 @@ def load_transformer(path: Path, *, dtype: torch.dtype = torch.bfloat16, device:
 
 def load_pipeline(folder: ModelFolder, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Any:
     """The pipeline of a folder, 16-bit or quantized, ready to call."""
-    from diffusers import DiffusionPipeline
+    _check_pipeline(folder)
+    paths = {name: path for name, path in folder.transformers.items() if is_quantized(path)}
+    quantized = {name: load_quantized(path, dtype=dtype, device=device) for name, path in paths.items()}
+    return _assemble(folder, quantized, dtype).to(device)
 
+
+def outline_pipeline(
+    folder: ModelFolder, config: QuantConfig | None = None, *, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """The pipeline of a folder on the CPU, its transformers on the meta device: sizes and settings, no values yet.
+
+    `config`: how fill_pipeline will quantize 16-bit transformers; None leaves them.
+    """
+    _check_pipeline(folder)
+    models = {name: _outline_transformer(path, config, dtype) for name, path in folder.transformers.items()}
+    return _assemble(folder, models, dtype)
+
+
+def _outline_transformer(path: Path, config: QuantConfig | None, dtype: torch.dtype) -> nn.Module:
+    if is_quantized(path):
+        return build_quantized(read_manifest(path))
+    return meta_transformer(path, dtype) if config is None else outline(path, config, dtype=dtype)
+
+
+def fill_pipeline(
+    pipe: Any,
+    folder: ModelFolder,
+    config: QuantConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    home: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Load the transformers of an outlined pipeline, in place; a 16-bit one is quantized while it is read.
+
+    `device`: where they will run. `home`: where they wait, if that is not `device`.
+    """
+    for name, path in folder.transformers.items():
+        if config is None or is_quantized(path):
+            model = load_transformer(path, dtype=dtype, device=home or device)
+        else:
+            model = load_and_quantize(path, config, device=device, home=home, dtype=dtype, progress=progress)
+        for layer in model.modules():
+            if isinstance(layer, ConvLinear4bit):  # there, one at a time: offloading moves values and keeps their order
+                layer.to(device).relayout(preferred_layout(device))
+                layer.to(home or device)
+        pipe.register_modules(**{name: model})
+
+
+def _check_pipeline(folder: ModelFolder) -> None:
     if not folder.is_pipeline:
         raise CheckpointError(
             f"{folder.root}: a bare transformer cannot generate; give a pipeline folder (model_index.json)"
         )
-    quantized = {
-        name: load_quantized(path, dtype=dtype) for name, path in folder.transformers.items() if is_quantized(path)
-    }
     _read_index(folder.root)
+
+
+def _assemble(folder: ModelFolder, models: Mapping[str, nn.Module], dtype: torch.dtype) -> Any:
+    """Every component of a pipeline from its folder but those in `models`."""
+    from diffusers import DiffusionPipeline
+
     with _loading(folder.root):
-        pipe = DiffusionPipeline.from_pretrained(folder.root, local_files_only=True, **_dtype(dtype), **quantized)
-    return pipe.to(device)
+        return DiffusionPipeline.from_pretrained(folder.root, local_files_only=True, **_dtype(dtype), **models)
 
 
 @contextmanager
@@ -163,14 +216,12 @@ def quantize_folder(
         if folder.is_pipeline:
             _copy_components(folder, building)
         for name, path in folder.transformers.items():
-            model = load_transformer(path, dtype=dtype)
-            decided = config if isinstance(config, Plan) else plan(model, config)
-            if not decided:
-                raise ValueError(f"{path}: nothing to quantize: every linear stays in 16 bits; see `convrot inspect`")
-            apply(model, decided, device=device, progress=progress)
+            # finished layers wait on the CPU, from where they are written: the GPU holds one layer at a time
+            place = device or "cpu"
+            model = load_and_quantize(path, config, device=place, home="cpu", dtype=dtype, progress=progress)
             (building / name).mkdir(exist_ok=True)
             write_quantized(model, building / name, max_shard_size=max_shard_size, progress=progress)
-            plans[name or "transformer"] = decided
+            plans[name or "transformer"] = plan_of(model)
             del model
     return plans
 

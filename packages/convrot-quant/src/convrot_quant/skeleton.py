@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from convrot_quant.manifest import CheckpointError, diffusers_class
@@ -14,16 +15,23 @@ from convrot_quant.manifest import CheckpointError, diffusers_class
 MOST_PARAMETERS = 100_000  # tensors of one model: FLUX.1 has 1400, the largest diffusion transformers below 10,000
 
 
-def empty_model(folder: Path, config: Mapping[str, Any], *, most_parameters: int = MOST_PARAMETERS) -> nn.Module:
+def empty_model(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    most_parameters: int = MOST_PARAMETERS,
+) -> nn.Module:
     """A model's modules on the meta device (computed buffers have values), from the config.json of `folder`.
 
+    `dtype` is torch's default while it is built, as in diffusers' loader: computed buffers depend on it.
     A config whose values the model class refuses, or that asks for more than `most_parameters` tensors, is an error.
     """
     from accelerate import init_empty_weights
 
     model_class = diffusers_class(folder, dict(config))
     try:
-        with init_empty_weights(), _counted(most_parameters):
+        with init_empty_weights(), _default_dtype(dtype), _counted(most_parameters):
             model: nn.Module = model_class.from_config(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}; copy the folder again") from None
@@ -33,6 +41,21 @@ def empty_model(folder: Path, config: Mapping[str, Any], *, most_parameters: int
             "copy the folder again"
         ) from error
     return model
+
+
+def keeps_fp32(model: nn.Module, name: str) -> bool:
+    """Whether the model's class wants the tensor `name` of its state_dict in fp32, whatever the rest is in."""
+    return not set(getattr(model, "_keep_in_fp32_modules", None) or ()).isdisjoint(name.split("."))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

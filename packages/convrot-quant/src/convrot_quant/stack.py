@@ -60,7 +60,7 @@ class Stack:
     def parts(self, members: Sequence[ConvLinear4bit]) -> tuple[Part, ...]:
         """The members, neighbours of one scheme joined."""
         if not torch.compiler.is_compiling() and self._addresses != _addresses(members):  # nothing that could be traced
-            self._parts, self._addresses = (), ()  # what is joined would stay in memory beside what has moved
+            self.forget()  # what is joined would stay in memory beside what has moved
         return self._parts or _parts_of([[member] for member in members])
 
     @torch.inference_mode(mode=False)
@@ -73,6 +73,10 @@ class Stack:
         runs = [list(run) for _, run in groupby(members, key=_kind)]
         self._parts = _parts_of([part for run in runs for part in ([run] if _can_join(run) else map(_alone, run))])
         self._addresses = _addresses(members)
+
+    def forget(self) -> None:
+        """Hold no tensor any more; the members keep theirs, and are multiplied one by one."""
+        self._parts, self._addresses = (), ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         return Stack()  # the copy's members have storages of their own

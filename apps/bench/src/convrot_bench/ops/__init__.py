@@ -1,21 +1,21 @@
 """Ops against their 16-bit counterparts: compared with the reference first; only what agrees is timed."""
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from convrot_bench import shapes
+from convrot_bench.bench import Bench, Job
 from convrot_bench.ops import medians, peers
 from convrot_bench.ops.costs import host_cost, weight_bits
 from convrot_bench.ops.linears import gemm_w4a4, gemv_w4a16, linear_w4a4
 from convrot_bench.ops.peers import linear_w4a4_vs_comfy_kitchen
-from convrot_bench.ops.problems import ERRORS, Bench, GateError, backends_of
+from convrot_bench.ops.problems import backends_of
 from convrot_bench.ops.rotations import Variant, case_of, rotate_quantize_all
 from convrot_bench.ops.step import gemm_step
-from convrot_bench.results import Figure, Writer
+from convrot_bench.results import Figure
 from convrot_kernels import available_backends
 
 CASES = (
@@ -25,14 +25,6 @@ CASES = (
 CPU_CASES = ("gemm_w4a4", "linear_w4a4", "rotate_quantize")
 
 Sizes = tuple[Sequence[tuple[int, int]], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is measured together; its figures become rows."""
-
-    label: str
-    measure: Callable[[Bench], Iterator[Figure]]
 
 
 def select(cases: Sequence[str], device: str) -> tuple[str, ...]:
@@ -106,26 +98,3 @@ def _rotations(bench: Bench, cases: Sequence[str]) -> list[Job]:
                 variants += [Variant(bits=8), Variant(packed=True)]
             jobs.append(_job("rotate_quantize", measure, m, k, variants))
     return jobs
-
-
-def run(
-    writer: Writer, bench: Bench, jobs: Sequence[Job], track: Callable[[Sequence[Job]], Iterable[Job]] = iter
-) -> None:
-    """A row for every figure. A job that fails is said and the rest goes on; GateError at the end lists them."""
-    with torch.no_grad():
-        for job in track(jobs):
-            try:
-                for figure in job.measure(bench):
-                    bench.say(_line(writer.add(figure)))
-            except ERRORS as error:
-                bench.refuse(f"{job.label}: {error}")
-            gc.collect()
-            torch.cuda.empty_cache()
-    if bench.failures:
-        raise GateError(f"ops: {len(bench.failures)} not timed: " + "; ".join(bench.failures))
-
-
-def _line(row: dict[str, Any]) -> str:
-    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
-    times = f"{row['ours']:.1f} {row['unit']}, {row['ratio']:.2f}x {row['baseline_name']}"
-    return f"{row['case']:16} {row['backend']:9} {shape}: {times}"

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from convrot_bench.bench import Bench, GateError
 from convrot_bench.ops.linears import Linear, agrees, multiply
-from convrot_bench.ops.problems import Bench, GateError, Source, packs_codes, prepared, route
+from convrot_bench.ops.problems import Source, packs_codes, prepared, route
 from convrot_bench.results import Figure
 from convrot_kernels import restore_weight, rotate_quantize, testing, use_backend
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convrot_bench.ops.problems import GateError, Weight, route
+from convrot_bench.bench import GateError
+from convrot_bench.ops.problems import Weight, route
 from convrot_kernels import rotate_quantize, scaled_mm, unpack_int4, use_backend
 from convrot_kernels.layouts import LAYOUTS
 from convrot_kernels.testing import assert_codes_close, assert_equal

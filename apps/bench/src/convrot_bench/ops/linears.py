@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from convrot_bench.bench import Bench
 from convrot_bench.ops.gates import gate_codes, gate_product, gate_values
-from convrot_bench.ops.problems import Bench, Source, Weight, count_sets, keeping, packs_codes, prepared, under
+from convrot_bench.ops.problems import Source, Weight, count_sets, keeping, packs_codes, prepared, under
 from convrot_bench.results import Figure
 from convrot_kernels import rotate_quantize, scaled_mm, testing, use_backend
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch.nn import functional as F
 
+from convrot_bench.bench import Bench
 from convrot_bench.ops.linears import Linear, agrees, coded, multiply, whole_op
-from convrot_bench.ops.problems import Bench, Source, prepared, under
+from convrot_bench.ops.problems import Source, prepared, under
 from convrot_bench.ops.rotations import torch_copy
 from convrot_bench.results import Figure
 from convrot_kernels import rotate_quantize, testing

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convrot_bench.bench import Bench
 from convrot_bench.ops.gates import gate_peer, relative_l2
 from convrot_bench.ops.linears import TIMING, Linear, agrees, draw_sets, whole_op
-from convrot_bench.ops.problems import Bench, keeping
+from convrot_bench.ops.problems import keeping
 from convrot_bench.results import Figure
 from convrot_kernels import testing
 

@@ -6,9 +6,6 @@ testing.make_inputs draws on the CPU, so that values are the same everywhere: mi
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,47 +16,6 @@ from convrot_kernels.dispatch import AUTO, pick
 
 TOUCHED = 300e6  # bytes of one round over all sets of tensors: several times a GPU's L2
 FEWEST, MOST = 3, 48  # sets
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What a backend or a peer raises where it cannot run: CUDA, memory, arguments; Triton has a family of its own."""
-    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, ImportError)
-    return (*errors, import_module("triton.errors").TritonError) if find_spec("triton") else errors
-
-
-ERRORS = _errors()
-
-
-class GateError(RuntimeError):
-    """An op did not agree with the reference: it is not timed."""
-
-
-@dataclass
-class Bench:
-    """Where it runs, which backends are measured (the fastest first), and what was refused."""
-
-    device: str
-    backends: tuple[str, ...]
-    say: Callable[[str], None] = print
-    failures: list[str] = field(default_factory=list)
-
-    def passes(self, gate: Callable[..., None], *arguments: Any) -> bool:
-        """Run a gate; what it refuses, or what cannot run, is said, kept, and not timed."""
-        try:
-            gate(*arguments)
-        except ERRORS as error:
-            self.refuse(str(error) if isinstance(error, GateError) else f"{gate.__name__} {arguments[:1]}: {error}")
-            return False
-        return True
-
-    def refuse(self, reason: str) -> None:
-        """Say and keep why something has no row."""
-        self.failures.append(reason)
-        self.say(f"not timed: {reason}")
-
-    def facts(self, backend: str, op: str = "scaled_mm") -> dict[str, Any]:
-        """Fields of every row: the backend that ran, and the one that `auto` takes here."""
-        return {"backend": backend, "auto": pick(op, self.device)[0]}
 
 
 def backends_of(device: str) -> tuple[str, ...]:

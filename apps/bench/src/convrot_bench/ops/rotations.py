@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convrot_bench.bench import Bench, GateError
 from convrot_bench.ops.gates import gate_codes
 from convrot_bench.ops.linears import TIMING
-from convrot_bench.ops.problems import Bench, GateError, Source, count_sets, keeping, under
+from convrot_bench.ops.problems import Source, count_sets, keeping, under
 from convrot_bench.results import Figure
 from convrot_kernels import (
     rotate_quantize,

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from convrot_bench.bench import Bench
 from convrot_bench.ops.gates import gate_product, gate_values
 from convrot_bench.ops.linears import BASELINE, TIMING, coded, matmul, multiply, multiply_values
-from convrot_bench.ops.problems import Bench, Source, Weight, prepared, under
+from convrot_bench.ops.problems import Source, Weight, prepared, under
 from convrot_bench.results import Figure, gpu_clocks
 from convrot_bench.shapes import FLUX_STEP
 from convrot_kernels import rotate_quantize, testing, use_backend

@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from convrot_quant.cli.machine import machine
 from convrot_quant.cli.options import (
+    AUTO,
+    CudaGraphs,
     Device,
     DType,
     Dtype,
@@ -26,22 +29,36 @@ from convrot_quant.cli.options import (
     Seed,
     Sheet,
     Steps,
+    Vram,
     Width,
     read_config,
     read_device,
     read_prompts,
+    read_vram,
 )
 from convrot_quant.cli.output import Output, figures_table, hush, images_table
 from convrot_quant.cli.runs import check_image_file, picture_entries, prepare, preset_variant, write_sheet
 from convrot_quant.compare import Result, Variant, compare, dtype_name
 from convrot_quant.generation import Picture, Settings
 from convrot_quant.generation import generate as generate_images
+from convrot_quant.graphs import cuda_graphs_
 from convrot_quant.manifest import read_manifest
-from convrot_quant.patch import model_bytes, quantize_
-from convrot_quant.pipeline import ModelFolder, load_pipeline, load_transformer, open_folder
+from convrot_quant.offload import Offload, budget, choose
+from convrot_quant.offload import apply as place_pipeline
+from convrot_quant.patch import model_bytes
+from convrot_quant.pipeline import (
+    ModelFolder,
+    fill_pipeline,
+    load_pipeline,
+    load_transformer,
+    open_folder,
+    outline_pipeline,
+)
 from convrot_quant.presets import PRESETS
 
 NONE = "none"
+LARGE = 1024
+GRAPHED_PIXELS = 768 * 768  # of an image; at more the GPU is slower than the host that launches its kernels
 EXAMPLES = """Examples:
 
 convrot generate ./FLUX.1-dev-4bit --prompt "a red cube in front of a blue sphere" -o image.png
@@ -49,6 +66,10 @@ convrot generate ./FLUX.1-dev-4bit --prompt "a red cube in front of a blue spher
 convrot generate ./FLUX.1-dev --prompts-file prompts.txt --seed 0 --sheet sheet.png -o outputs/
 
 convrot generate ./FLUX.1-dev-4bit --reference ./FLUX.1-dev --prompt "a fox" --sheet sheet.png --json
+
+convrot generate ./FLUX.1-dev --prompt "a fox" --vram 8GB
+
+convrot generate ./FLUX.1-dev-4bit --prompt "a fox" --height 512 --width 512 --cuda-graphs
 """
 Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for images, or one .png for one image.")]
 Preset = Annotated[
@@ -74,6 +95,8 @@ class Run:
     out: Path
     dtype: DType
     device: str
+    vram: int | None  # bytes of a GPU that may be used; None on other devices
+    cuda_graphs: bool | None  # None: where they help
 
 
 def command(
@@ -92,6 +115,8 @@ def command(
     num_images: NumImages = 1,
     max_sequence_length: MaxSequenceLength = None,
     device: Device = "auto",
+    vram: Vram = AUTO,
+    cuda_graphs: CudaGraphs = None,
     dtype: Dtype = DType.bfloat16,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -102,13 +127,25 @@ def command(
     prompts = read_prompts(prompt, prompts_file)
     settings = Settings(seed, steps, guidance, height, width, num_images, max_sequence_length)
     _check_files(out, sheet, len(prompts) * num_images)
-    place, folder = read_device(device), open_folder(model)
+    if sheet is not None and vram != AUTO:
+        raise typer.BadParameter("--vram goes without --sheet: the 16-bit model of a sheet is not offloaded")
+    place = read_device(device)
+    memory = budget(place, read_vram(vram, place))
+    folder = open_folder(model)
     _check_options(folder, preset, reference, sheet)
-    run = Run(output, folder, preset, prompts, settings, out, dtype, place)
+    _check_graphs(cuda_graphs, place, sheet)
+    run = Run(output, folder, preset, prompts, settings, out, dtype, place, memory, cuda_graphs)
     if sheet is None:
         _draw(run)
     else:
         _draw_both(run, folder if reference is None else open_folder(reference), sheet)
+
+
+def _check_graphs(cuda_graphs: bool | None, device: str, sheet: Path | None) -> None:
+    if cuda_graphs and torch.device(device).type != "cuda":
+        raise typer.BadParameter(f"--cuda-graphs needs a CUDA GPU, and this run is on {device}; leave it out")
+    if cuda_graphs and sheet is not None:
+        raise typer.BadParameter("--cuda-graphs goes without --sheet, whose models change from image to image")
 
 
 def _check_files(out: Path, sheet: Path | None, count: int) -> None:
@@ -141,19 +178,53 @@ def _check_options(folder: ModelFolder, preset: str | None, reference: str | Non
 
 
 def _draw(run: Run) -> None:
-    """Quantize in place where that is due, and draw."""
-    pipe = load_pipeline(run.folder, dtype=run.dtype.torch, device=run.device)
+    """Load what fits where it fits, quantizing a 16-bit model while it is read, and draw."""
+    quantized = run.folder.is_quantized
+    config = None if quantized or run.preset == NONE else read_config(run.preset or "ours", None, None)
+    pipe = outline_pipeline(run.folder, config, dtype=run.dtype.torch)
     arguments = prepare(run.output, pipe, run.prompts, run.settings)
-    name = "quantized" if run.folder.is_quantized else dtype_name(pipe.transformer)
-    if not run.folder.is_quantized and run.preset != NONE:
-        name = run.preset or "ours"
+    offload = _offload(run, pipe)
+    graphed = _graphs(run, arguments, offload)
+    home = "cpu" if offload is not None and offload.method != "none" else run.device
+    dtype, progress = run.dtype.torch, run.output.progress
+    fill_pipeline(pipe, run.folder, config, dtype=dtype, device=run.device, home=home, progress=progress)
+    model = pipe.transformer
+    name = "quantized" if quantized else dtype_name(model) if config is None else run.preset or "ours"
+    size = model_bytes(model)  # before offloading takes it apart
+    if offload is None:
+        pipe.to(run.device)
+    else:
+        place_pipeline(pipe, offload, run.device)
+    if graphed:
         for component in run.folder.transformers:
-            quantize_(getattr(pipe, component), name, progress=run.output.progress)
-    pictures = generate_images(pipe, run.prompts, run.settings, progress=run.output.progress, label=name)
-    result = Result(name, pictures, model_bytes(pipe.transformer))
-    saved = {"images": _save(result.pictures, run.out, "")}
+            cuda_graphs_(getattr(pipe, component))
+    pictures = generate_images(pipe, run.prompts, run.settings, progress=progress, label=name)
+    result = Result(name, pictures, size)
+    saved = {"images": _save(result.pictures, run.out, ""), "cuda_graphs": graphed}
+    saved["offload"] = offload and offload.to_dict()
     run.output.show(figures_table([result]))
     _finish(run, arguments, [result], saved)
+
+
+def _offload(run: Run, pipe: Any) -> Offload | None:
+    """What has to leave a GPU for the run to fit, said in one line; None where the run is on no GPU."""
+    if run.vram is None:
+        return None
+    offload = choose(pipe, run.vram, run.settings)
+    run.output.show(str(offload))
+    return offload
+
+
+def _graphs(run: Run, arguments: dict[str, Any], offload: Offload | None) -> bool:
+    """Whether steps become CUDA graphs: where they were asked for, or help."""
+    if offload is None or run.cuda_graphs is False:
+        return False
+    small = arguments.get("height", LARGE) * arguments.get("width", LARGE) <= GRAPHED_PIXELS
+    if run.cuda_graphs is None and not (small and offload.method == "none"):
+        return False
+    if offload.method != "none":
+        raise ValueError(f"--cuda-graphs needs the whole pipeline on the GPU, but {offload}; leave the option out")
+    return True
 
 
 def _draw_both(run: Run, base: ModelFolder, sheet: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -75,6 +76,23 @@ MaxSequenceLength = Annotated[
     int | None,
     typer.Option(help="Text tokens. Default: the pipeline's own (512), or the tokenizer's limit if lower.", min=1),
 ]
+Vram = Annotated[
+    str,
+    typer.Option(
+        help="GPU memory that the run may use, such as 8GB or 12GiB; what does not fit is offloaded to the CPU. "
+        "auto: what is free.",
+        metavar="SIZE",
+    ),
+]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="Replay each step as one CUDA graph. Default: where the whole pipeline is on a GPU and images are small.",
+    ),
+]
+AUTO = "auto"
+UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def read_config(preset: str, keep: Sequence[str] | None, override: Sequence[str] | None) -> QuantConfig:
@@ -120,6 +138,19 @@ def read_device(device: str) -> str:
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise ValueError(f"--device {device}: not usable on this machine ({reason}); use --device cpu") from None
     return device
+
+
+def read_vram(vram: str, device: str) -> int | None:
+    """--vram as a number of bytes; None for auto."""
+    if vram == AUTO:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([mg]i?b)", vram.strip().lower())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if not size:
+        raise typer.BadParameter(f"--vram must be a size such as 8GB, 12GiB or 500MB, or {AUTO}; got {vram!r}")
+    if torch.device(device).type != "cuda":
+        raise ValueError(f"--vram {vram} limits the memory of a CUDA GPU, and this run is on {device}; leave it out")
+    return size
 
 
 def read_text(path: Path) -> str:

@@ -16,8 +16,8 @@ from convrot_quant.cli.options import describe, read_config
 from convrot_quant.cli.output import Output
 from convrot_quant.compare import Result, Variant
 from convrot_quant.generation import Settings, call_arguments, cut_prompts
-from convrot_quant.patch import plan, quantize_
-from convrot_quant.pipeline import load_transformer
+from convrot_quant.patch import plan
+from convrot_quant.streaming import load_and_quantize
 
 
 def check_image_file(path: Path | None, option: str) -> None:
@@ -47,9 +47,7 @@ def preset_variant(path: Path, pipe: Any, preset: str, dtype: torch.dtype, devic
     config = read_config(preset, None, None)
 
     def make() -> nn.Module:
-        model = load_transformer(path, dtype=dtype, device=device)
-        quantize_(model, config, progress=progress)
-        return model
+        return load_and_quantize(path, config, device=device, dtype=dtype, progress=progress)
 
     return Variant(f"{preset} ({config.scheme.name})", plan(pipe.transformer, config), make)
 

@@ -63,7 +63,11 @@ class FusedBlock(nn.Module):
         if torch.compiler.is_compiling():
             return False
         states = (module.__dict__ for module in self._inner)
-        return any("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"] for state in states)
+        if not any("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"] for state in states):
+            return False
+        for stack in self._stacks.values():
+            stack.forget()  # hooks that move weights leave them there alone
+        return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

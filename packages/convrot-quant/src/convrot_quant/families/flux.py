@@ -21,6 +21,7 @@ from diffusers.models.transformers import transformer_flux as diffusers_flux
 from torch import Tensor, nn
 
 from convrot_kernels import (
+    HEAD_SIZES,
     norm_rope,
     norm_rope_joint,
     rotate_quantize,
@@ -47,11 +48,11 @@ def _norms_fit(*norms: nn.Module) -> bool:
 
 
 def _layer_norms_fit(*norms: nn.Module) -> bool:
-    return all(isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.eps == EPS for norm in norms)
+    return all(isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine and norm.eps == EPS for norm in norms)
 
 
-def _head_fits(attn: nn.Module) -> bool:
-    return attn.head_dim >= 16 and attn.head_dim & (attn.head_dim - 1) == 0
+def _head_fits(attn: Any) -> bool:
+    return attn.head_dim in HEAD_SIZES
 
 
 def _is_stock(attn: Any) -> bool:
@@ -79,12 +80,31 @@ def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.flatten(2, 3).to(q.dtype)
 
 
+def _in_a_row(text: Tensor, image: Tensor) -> Tensor:
+    """(B, T, C), (B, I, C) -> (B, T + I, C): what both are slices of, as a single block leaves them, or a copy."""
+    shape = (image.shape[0], text.shape[1] + image.shape[1], image.shape[2])
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.cat((text, image), dim=1)
+    strides = (shape[1] * shape[2], shape[2], 1)
+    lie_so = all(x.stride()[1:] == strides[1:] and (shape[0] == 1 or x.stride(0) == strides[0]) for x in (text, image))
+    follows = image.data_ptr() - text.data_ptr() == text.shape[1] * text.shape[2] * text.element_size()
+    if not (lie_so and follows and text.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()):
+        return torch.cat((text, image), dim=1)
+    return text.as_strided(shape, strides)
+
+
 def _clipped(x: Tensor) -> Tensor:
     return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
 
 
 class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransformerBlock):
     """diffusers' single block with a fused forward."""
+
+    attn: Any
+    norm: Any
+    proj_mlp: Any
+    proj_out: Any
+    mlp_hidden_dim: int
 
     @staticmethod
     def fits(block: Any) -> bool:
@@ -113,20 +133,30 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         if joint_attention_kwargs or image_rotary_emb is None or not self._is_plain(members["projection"]):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, width, text = self.attn, self.attn.inner_dim, encoder_hidden_states.shape[1]
-        x = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+        x = _in_a_row(encoder_hidden_states, hidden_states)
         shift, scale, gate = modulations(stacks["modulation"], members["modulation"], temb, 3)
-        projected = stacks["projection"](members["projection"], _modulated(x, scale, shift), x.dtype)
-        qk, v, hidden = projected.split((2 * width, width, self.mlp_hidden_dim), dim=-1)
-        q, k = norm_rope(qk, attn.norm_q.weight, attn.norm_k.weight, *image_rotary_emb, EPS)
-        attended = _attention(attn, q, k, v.unflatten(-1, (-1, attn.head_dim)))
+        columns = 2 * width, width, self.mlp_hidden_dim
+        projection = stacks["projection"](members["projection"], _modulated(x, scale, shift), x.dtype)
+        qk, v, hidden = projection.split(columns, dim=-1)
+        del projection
+        qk = norm_rope(qk, attn.norm_q.weight, attn.norm_k.weight, *image_rotary_emb, EPS)
+        attended = _attention(attn, *qk, v.unflatten(-1, (-1, attn.head_dim)))
+        del qk, v  # what is not needed any more makes room: the peak of a step is here
         out = base_of(self.proj_out)
-        options = quantizer_options(out.scheme, x.device)
-        x = _clipped(_gated(out, rotate_quantize_cat_gelu(attended, hidden, **options), gate, x))
+        codes = rotate_quantize_cat_gelu(attended, hidden, **quantizer_options(out.scheme, x.device))
+        del attended, hidden
+        x = _clipped(_gated(out, codes, gate, x))
         return x[:, :text], x[:, text:]
 
 
 class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
     """diffusers' double block with a fused forward."""
+
+    attn: Any
+    norm1: Any
+    norm1_context: Any
+    ff: Any
+    ff_context: Any
 
     @staticmethod
     def fits(block: Any) -> bool:
@@ -177,8 +207,10 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
         image_qkv = stacks["image"](members["image"], _modulated(image, of_image[1], of_image[0]), image.dtype)
         text_qkv = stacks["text"](members["text"], _modulated(text, of_text[1], of_text[0]), text.dtype)
         added, own = (attn.norm_added_q.weight, attn.norm_added_k.weight), (attn.norm_q.weight, attn.norm_k.weight)
-        q, k, v = norm_rope_joint(text_qkv, image_qkv, *added, *own, *image_rotary_emb, EPS)
-        attended = _attention(attn, q, k, v).split((text.shape[1], image.shape[1]), dim=1)
+        qkv = norm_rope_joint(text_qkv, image_qkv, *added, *own, *image_rotary_emb, EPS)
+        del text_qkv, image_qkv
+        attended = _attention(attn, *qkv).split((text.shape[1], image.shape[1]), dim=1)
+        del qkv
         image = _after_attention(image, attended[1], attn.to_out[0], self.ff, of_image)
         text = _after_attention(text, attended[0], attn.to_add_out, self.ff_context, of_text)
         return _clipped(text), image

@@ -1,0 +1,186 @@
+"""load_and_quantize: a 16-bit diffusers folder in, a quantized model out; the 16-bit model is never in memory.
+
+The plan is made on the meta device, from shapes alone. Then tensors are read one at a time: at the worst moment there
+are the layers quantized so far, what stays in 16 bits, and one 16-bit weight with what its quantization needs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.fuse import fuse_
+from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.manifest import (
+    INDEX,
+    MARK_KEY,
+    WEIGHTS,
+    CheckpointError,
+    TensorHeader,
+    read_config,
+    read_header,
+    read_index,
+    refuse_names,
+)
+from convrot_quant.patch import plan
+from convrot_quant.plans import Plan
+from convrot_quant.rules import cannot_run, linears
+from convrot_quant.skeleton import empty_model, keeps_fp32
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_AGAIN = "copy or download the folder again"
+
+
+def load_and_quantize(
+    path: str | Path,
+    config: QuantConfig | Plan | str = "ours",
+    *,
+    device: torch.device | str = "cpu",
+    home: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+) -> nn.Module:
+    """A transformer folder of diffusers (safetensors, one file or shards) -> its quantized model, bit for bit as if
+    it had been loaded in `dtype` and then quantized by quantize_.
+
+    `device`: where layers are rotated and quantized. `home`: where the model ends up, if that is not `device`.
+    """
+    folder, home = Path(path), device if home is None else home
+    headers = read_headers(folder)
+    model = empty_16bit(folder, dtype)
+    _check_tensors(folder, model, headers)
+    decided = _decide(folder, model, config)
+    weights = {f"{name}.weight": name for name in decided}
+    for name in model.state_dict():
+        if name not in weights:
+            _load(model, name, headers[name], home)
+    quiet = not progress or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    in_files = [weights[name] for name in headers if name in weights]  # in the files' order, which disks read fastest
+    for name in tqdm(in_files, desc="quantize", unit="layer", disable=quiet, leave=False):
+        _load(model, f"{name}.weight", headers[f"{name}.weight"], home)
+        _quantize_layer(folder, model, name, decided[name], device)
+    model.to(home)  # buffers that are in no file
+    model.register_to_config(_name_or_path=str(folder))  # type: ignore[operator]  # as from_pretrained does
+    return _finish(model, decided)
+
+
+def outline(
+    path: str | Path, config: QuantConfig | Plan | str = "ours", *, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """What load_and_quantize will make, on the meta device: every module and size, no values."""
+    model = empty_16bit(Path(path), dtype)
+    for name, scheme in _decide(Path(path), model, config).items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), "_decide has seen it"
+        sizes, has_bias = (linear.in_features, linear.out_features, scheme), linear.bias is not None
+        layer = ConvLinear4bit(*sizes, bias=has_bias, compute_dtype=linear.weight.dtype, device="meta")
+        model.set_submodule(name, layer)
+    return model.eval()
+
+
+def empty_16bit(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The modules of a 16-bit folder on the meta device, with the dtypes that diffusers' loader gives them."""
+    model = empty_model(folder, read_config(folder), dtype=dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if keeps_fp32(model, name) else dtype)
+    return model
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """{tensor: its header} of a 16-bit folder, file by file; pickled and quantized weights are refused."""
+    mark = read_config(folder).get(MARK_KEY)
+    if mark:
+        method = mark.get("quant_method", "an unknown method") if isinstance(mark, dict) else "an unknown method"
+        raise CheckpointError(f"{folder}: its config.json says that {method} has quantized it; give the 16-bit folder")
+    files = sorted(set(read_index(folder).values())) or [WEIGHTS]
+    if files == [WEIGHTS] and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(_without_weights(folder))
+    headers: dict[str, TensorHeader] = {}
+    for name in files:
+        headers |= read_header(folder / name)[1]
+    return headers
+
+
+def _without_weights(folder: Path) -> str:
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if not pickled:
+        return f"{folder}: neither {WEIGHTS} nor {INDEX}; {_AGAIN}"
+    return (
+        f"{folder}: its weights are pickled ({pickled[0]}), which can run code when read; "
+        "write them as safetensors first: from_pretrained(folder), then save_pretrained(folder)"
+    )
+
+
+def _check_tensors(folder: Path, model: nn.Module, headers: dict[str, TensorHeader]) -> None:
+    """Every tensor of the model is in the files with its shape, and no other but those that its class ignores."""
+    expected = model.state_dict()
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unknown = {name for name in headers.keys() - expected.keys() if not any(re.search(p, name) for p in ignored)}
+    refuse_names(folder, expected.keys() - headers.keys(), unknown, _AGAIN)
+    for name, tensor in expected.items():
+        header = headers[name]
+        if header.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name!r} must be {tuple(tensor.shape)}, got {header.shape}; "
+                "take config.json and weights from the same model"
+            )
+        if tensor.is_floating_point() != header.dtype.startswith(("F", "BF")):
+            raise CheckpointError(f"{folder}: {name!r} must not be {header.dtype}; give the 16-bit folder")
+
+
+def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) -> Plan:
+    """The plan for a model without values: made now, or a ready one that fits the model."""
+    decided = config if isinstance(config, Plan) else plan(model, config)
+    if not decided:
+        raise ValueError(f"{folder}: nothing to quantize: every linear stays in 16 bits; see `convrot inspect`")
+    layers = {layer.name: layer for layer in linears(model)}
+    planned = {layer.name: (layer.out_features, layer.in_features) for layer in decided.planned}
+    for name, scheme in decided.items():
+        if name not in layers:
+            raise ValueError(f"{folder}: {type(model).__name__} has no linear {name!r}; plan this model first")
+        shape = (layers[name].module.out_features, layers[name].module.in_features)
+        reason = cannot_run(layers[name])
+        if planned.get(name, shape) != shape:
+            reason = f"it is {shape} here and {planned[name]} in the plan (N, K)"
+        elif shape[1] % scheme.group_size:
+            reason = f"K={shape[1]} is not a multiple of group_size={scheme.group_size}"
+        if reason:
+            raise ValueError(f"{folder}: {name!r} cannot be quantized: {reason}; plan this model first")
+    return decided
+
+
+def _load(model: nn.Module, name: str, header: TensorHeader, device: torch.device | str) -> None:
+    """Give a parameter or buffer its value from a file, cast to the dtype that it has on the meta device."""
+    # opened for each tensor: the pages of a mapped file count as this process's memory until the mapping ends
+    with safe_open(str(header.file), framework="pt", device=str(device)) as file:
+        tensor: Tensor = file.get_tensor(name)
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    old = getattr(module, leaf)
+    value = tensor.to(old.dtype) if tensor.is_floating_point() else tensor
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
+
+
+def _quantize_layer(folder: Path, model: nn.Module, name: str, scheme: Scheme, device: torch.device | str) -> None:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), "_decide has seen it"
+    try:
+        model.set_submodule(name, ConvLinear4bit.from_linear(layer, scheme, device=device))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name!r} cannot be quantized: {error}") from None
+
+
+def _finish(model: nn.Module, plan: Plan) -> nn.Module:
+    """What a model gets once all its layers are quantized."""
+    model.convrot_plan = plan  # type: ignore[assignment]  # a dict, not a Module: kept for saving, reasons included
+    fuse_(model)
+    return model.eval()

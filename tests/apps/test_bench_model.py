@@ -34,6 +34,7 @@ CASES = {
     "families": FAMILY_CASES,
     "pipeline": {"flux_pipeline_2", "flux_pipeline_3"},
     "breakdown": {f"breakdown/{side}_{mode}" for side in ("bf16", "ours") for mode in ("eager", "compiled")},
+    "loading": {"flux_quantize_load", "flux_load"},
 }
 
 
@@ -445,7 +446,7 @@ def test_selection():
     assert (scale.sizes, scale.batches, scale.peers) == ((2048,), (1,), ("torchao_fp8",))
     assert select("cuda", tiny=False) == REAL
     labels = [job.label for job in plan(REAL, [])]
-    assert labels == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image", "pipeline", "breakdown"]
+    assert labels == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image", "pipeline", "breakdown", "loading"]
     assert [job.label for job in plan(REAL, ["breakdown", "step"])] == ["step", "breakdown"]
 
 

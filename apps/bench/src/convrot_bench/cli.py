@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich
 console = Console(stderr=True, highlight=False)
 
 MODEL_OUT, TINY_OUT = Path("docs/results/model.jsonl"), Path("outputs/model_tiny.jsonl")
-TABLES = "step, sizes, peers, families, pipeline or breakdown"
+TABLES = "step, sizes, peers, families, pipeline, breakdown or loading"
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
 
 

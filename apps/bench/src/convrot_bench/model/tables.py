@@ -10,6 +10,7 @@ from convrot_bench.bench import Bench, Job
 from convrot_bench.model.breakdown import breakdown
 from convrot_bench.model.configs import REAL, TINY, Scale
 from convrot_bench.model.families import FAMILIES, family
+from convrot_bench.model.loading import loading
 from convrot_bench.model.peers import PEERS, peers
 from convrot_bench.model.pipeline import pipeline
 from convrot_bench.model.sizes import sizes
@@ -25,6 +26,7 @@ TABLES: dict[str, dict[str, Measure]] = {
     "families": {one.model: partial(family, one=one) for one in FAMILIES},
     "pipeline": {"pipeline": pipeline},
     "breakdown": {"breakdown": breakdown},
+    "loading": {"loading": loading},
 }
 
 

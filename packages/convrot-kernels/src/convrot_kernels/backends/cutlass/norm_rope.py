@@ -31,7 +31,7 @@ def _run(
         streams = [None if x is None else _readable(x) for x in (text, image)]
         if len({weight.dtype for weight in weights}) > 1:
             weights = tuple(weight.float() for weight in weights)
-        weights = tuple(weight.contiguous() for weight in weights)
+        weights = tuple(ready(weight) for weight in weights)
         cos, sin = ready(cos.float()), ready(sin.float())
         pointers = [weight.data_ptr() for weight in weights]
         ours.call(

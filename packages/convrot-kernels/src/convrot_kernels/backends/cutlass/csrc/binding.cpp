@@ -485,7 +485,7 @@ struct NormRope {
     return fits;
   }
   bool is_weight(Tensor const& t) const {
-    return t.dtype == q_weight.dtype && is_vector(t, d) && t.on_the_device_of(image);
+    return t.dtype == q_weight.dtype && is_vector(t, d) && t.aligned(kAlignment) && t.on_the_device_of(image);
   }
   bool is_table(Tensor const& t) const {
     return t.dtype == kFloat32 && t.dim == 2 && t.sizes[0] == tokens && t.sizes[1] == d && contiguous(t) &&

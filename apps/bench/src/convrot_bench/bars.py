@@ -1,5 +1,6 @@
 """What tables of every benchmark are made with: the rows that count, and bars with what was measured."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ MET, MISSED = "✓", "**missed**"
 
 
 def current(rows: Rows, bench: str) -> Rows:
-    """A bench's rows of the newest machine (GPU and torch) and, for each case, of the newest commit that has it."""
+    """A bench's rows of the newest machine (GPU and torch); for each case and shape, of the newest commit with it."""
     rows = [r for r in rows if r["bench"] == bench and not r.get("tiny")]
     if not rows:
         return []
     newest = max(rows, key=_when)
     rows = [r for r in rows if (r["gpu"], r["torch"]) == (newest["gpu"], newest["torch"])]
-    commits = {r["case"]: r["commit"] for r in sorted(rows, key=_when)}
-    return [r for r in rows if r["commit"] == commits[r["case"]]]
+    commits = {_what(r): r["commit"] for r in sorted(rows, key=_when)}
+    return [r for r in rows if r["commit"] == commits[_what(r)]]
+
+
+def _what(row: Row) -> tuple[str, str]:
+    return row["case"], json.dumps(row["shape"], sort_keys=True)
 
 
 def _when(row: Row) -> str:

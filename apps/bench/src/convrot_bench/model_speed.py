@@ -49,7 +49,7 @@ def _case_table(rows: Rows) -> str:
         ours, baseline = (_value(some, key) for key in ("ours", "baseline"))
         spreads = _spread(some, "p10", "p90"), _spread(some, "baseline_p10", "baseline_p90")
         cells = [named(first["shape"]), ours, spreads[0], baseline, spreads[1], f"{_median(some, 'ratio'):.2f}"]
-        cells += [first.get("how", ""), first.get("baseline_how", ""), "yes" if first["fused"] else "no"]
+        cells += [first.get("how", ""), first.get("baseline_how", ""), "yes" if first.get("fused") else "no"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

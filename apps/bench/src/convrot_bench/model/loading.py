@@ -65,7 +65,7 @@ def loading(bench: Bench, scale: Scale) -> Iterator[Figure]:
     """Quantize while reading, then load the saved model; each against loading the 16-bit model."""
     from convrot_quant import load_and_quantize, load_quantized, save_quantized
 
-    device, more = bench.device, facts(bench, scale, timing="wall clock, files in memory")
+    device, more = bench.device, facts(bench, scale, fused=True, timing="wall clock, files in memory")
     with tempfile.TemporaryDirectory(dir=_place(scale), prefix="convrot-") as folder:
         source, saved = Path(folder) / "bf16", Path(folder) / "4bit"
         model = make_flux(bench, scale)

@@ -88,7 +88,14 @@ def kitchen_int8(linear: nn.Linear) -> nn.Module:
 
 
 def torchao_fp8(model: nn.Module, names: Sequence[str]) -> None:
-    """fp8 weights, dynamic fp8 activations, a scale a tensor; with one a row torch 2.11 finds no cuBLAS kernel."""
+    """fp8 weights, dynamic fp8 activations, a scale a row on both sides."""
+    quantization = import_module("torchao.quantization")
+    granularity = quantization.PerRow()
+    _torchao(model, names, quantization.Float8DynamicActivationFloat8WeightConfig(granularity=granularity))
+
+
+def torchao_fp8_tensor(model: nn.Module, names: Sequence[str]) -> None:
+    """The same with a scale a tensor, which older cuBLAS kernels take as well."""
     quantization = import_module("torchao.quantization")
     granularity = quantization.PerTensor()
     _torchao(model, names, quantization.Float8DynamicActivationFloat8WeightConfig(granularity=granularity))

@@ -48,7 +48,8 @@ _KITCHEN, _TORCHAO = ("comfy-kitchen", "comfy_kitchen"), ("torchao", "torchao.qu
 PEERS = (
     Peer("comfy_kitchen_w4a4", "comfy-kitchen convrot_w4a4", *_KITCHEN, swapper(peer_layers.kitchen)),
     Peer("comfy_kitchen_int8", "comfy-kitchen INT8 ConvRot", *_KITCHEN, swapper(peer_layers.kitchen_int8)),
-    Peer("torchao_fp8", "torchao fp8 dynamic, per tensor", *_TORCHAO, peer_layers.torchao_fp8),
+    Peer("torchao_fp8", "torchao fp8 dynamic, per row", *_TORCHAO, peer_layers.torchao_fp8),
+    Peer("torchao_fp8_tensor", "torchao fp8 dynamic, per tensor", *_TORCHAO, peer_layers.torchao_fp8_tensor),
     Peer("torchao_int8", "torchao int8 dynamic", *_TORCHAO, peer_layers.torchao_int8),
     Peer("bitsandbytes_nf4", "bitsandbytes NF4", "bitsandbytes", "bitsandbytes", swapper(peer_layers.bitsandbytes_nf4)),
 )

@@ -34,12 +34,12 @@ from convrot_quant.manifest import (
     refuse_names,
 )
 from convrot_quant.patch import plan_of
+from convrot_quant.plans import Plan
 from convrot_quant.rules import linears
 from convrot_quant.skeleton import empty_model, keeps_fp32
+from convrot_quant.tensorfile import DTYPES
 
 PACKAGES = ("convrot-quant", "convrot-kernels", "torch", "diffusers")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
-_DTYPES |= {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 
 
 def versions() -> dict[str, str]:
@@ -77,6 +77,8 @@ def check_saveable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Linear):
             raise ValueError(f"save_quantized: {name!r} is a LoRA layer; unload the LoRA first, it is saved apart")
+        if isinstance(module, ConvLinear4bit) and module.sides():
+            raise ValueError(f"save_quantized: {name!r} has a fused LoRA; unfuse_lora() first, it is saved apart")
 
 
 def check_shard_size(size: int | str) -> None:
@@ -104,8 +106,8 @@ def write_quantized(model: nn.Module, folder: Path, *, max_shard_size: int | str
             raise ValueError(
                 f"save_quantized: {name!r} is on the meta device and has no values; load or onload it first"
             )
-    _write_config(model, folder)
-    metadata = _metadata(model)
+    write_config(model, folder)
+    metadata = metadata_of(model)
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     tied, packed = _tied(state), _packed_names(model)
     # tied tensors are written once per name, each with its own storage, as safetensors asks
@@ -144,12 +146,25 @@ def load_quantized(
             for name in names:
                 tensor = file.get_tensor(name)
                 state[name] = tensor.view(torch.uint8) if name in packed else tensor
+    return assign(model, manifest.plan, state, device=device, dtype=dtype, fuse=fuse)
+
+
+def assign(
+    model: nn.Module,
+    plan: Plan,
+    state: dict[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    fuse: bool,
+) -> nn.Module:
+    """Give a model of build_quantized its tensors and make it ready to run; `state` is emptied."""
     model.load_state_dict(state, strict=True, assign=True)
-    del state  # layers that take another order below would otherwise leave their codes in it
+    state.clear()  # layers that take another order below would otherwise leave their codes in it
     model.to(device)  # buffers that are not in the state_dict
     if dtype is not None:
         _cast(model, dtype)
-    model.convrot_plan = manifest.plan  # type: ignore[assignment]  # a dict, not a Module: for saving again
+    model.convrot_plan = plan  # type: ignore[assignment]  # a dict, not a Module: for saving again
     if fuse:
         fuse_(model)
     return model.eval()
@@ -186,7 +201,7 @@ def _check_dtypes(manifest: Manifest) -> None:
                 f"{manifest.folder}: the plan's dtype {layer.dtype} of {layer.name!r} is not float16, bfloat16 or "
                 "float32; save the model again"
             )
-        if layer.scheme is None and header is not None and _DTYPES.get(header.dtype, dtype) != dtype:
+        if layer.scheme is None and header is not None and DTYPES.get(header.dtype, dtype) != dtype:
             raise CheckpointError(
                 f"{manifest.folder}: {layer.name!r} is {layer.dtype} in the plan and {header.dtype} in its file; "
                 "save the model again"
@@ -228,10 +243,10 @@ def _fitting_dtypes(name: str, tensor: Tensor, manifest: Manifest) -> tuple[str,
         return ("I8",) if leaf == "weight" else ("F32",)
     if tensor.is_floating_point():
         return ("BF16", "F16", "F32", "F64")
-    return tuple(key for key, dtype in _DTYPES.items() if dtype == tensor.dtype)
+    return tuple(key for key, dtype in DTYPES.items() if dtype == tensor.dtype)
 
 
-def _write_config(model: nn.Module, folder: Path) -> None:
+def write_config(model: nn.Module, folder: Path) -> None:
     """diffusers' config.json plus a mark, so that diffusers' own loaders refuse the folder instead of misreading it."""
     model.save_config(folder)  # type: ignore[operator]
     path = folder / "config.json"
@@ -239,7 +254,8 @@ def _write_config(model: nn.Module, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
+def metadata_of(model: nn.Module) -> dict[str, str]:
+    """What every file of a quantized folder says of the model: format, plan, versions."""
     plan = json.dumps(plan_of(model).to_dict(), separators=(",", ":"))
     written_with = json.dumps(versions(), separators=(",", ":"))
     return {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), PLAN_KEY: plan, VERSIONS_KEY: written_with}

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from convrot_quant.lora import register
+
 # where diffusers defines a family's blocks -> our file, whose classes bear the names of those that they replace
 FAMILIES = {"diffusers.models.transformers.transformer_flux": "convrot_quant.families.flux"}
 
@@ -17,6 +19,7 @@ def fuse_(model: nn.Module) -> int:
     Layers keep their names, and files their contents. A block runs diffusers' own forward as long as it holds an
     adapter, a hook or a layer that is not quantized: fusing never changes what is computed beyond fewer roundings.
     """
+    register()  # adapters are to find the layers that this model has now
     blocks = [(block, fused) for block in model.modules() if (fused := _fused(type(block))) and fused.fits(block)]
     for block, fused in blocks:
         block.__class__ = fused

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from convrot_kernels import (
     preferred_codes,
@@ -28,6 +29,18 @@ from convrot_quant.config import Scheme
 
 ROW_MAJOR = "row_major"
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what the ops take; float8 storage is not one
+
+
+class Side(NamedTuple):
+    """A low-rank term beside a layer, in 16 bits: scale * up (down x); down (r, K), up (N, r)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), the dtype of the weights."""
+        return functional.linear(functional.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
 
 
 class ConvLinear4bit(nn.Linear):
@@ -60,6 +73,7 @@ class ConvLinear4bit(nn.Linear):
             )
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.weight_layout, self.compute_dtype = ROW_MAJOR, compute_dtype
+        self._side_scales: dict[str, float] = {}
         packed = scheme.weight_bits == 4
         shape = (out_features, in_features // 2 if packed else in_features)
         codes = torch.empty(shape, dtype=torch.uint8 if packed else torch.int8, device=device)
@@ -93,10 +107,12 @@ class ConvLinear4bit(nn.Linear):
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
-        """-> nn.Linear (N, K) in compute_dtype with weight = (codes * scale) H: what the codes stand for, unrotated."""
+        """-> nn.Linear (N, K) in compute_dtype, weight = (codes * scale) H plus sides: what it multiplies with."""
         codes = restore_weight(self.weight.detach(), self.weight_layout)
         codes = unpack_int4(codes) if self.scheme.weight_bits == 4 else codes
         values = rotate(codes.float() * self.weight_scale[:, None], self.scheme.group_size)
+        for side in self.sides():
+            values += side.scale * (side.up.float() @ side.down.float())
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(values.to(self.compute_dtype), requires_grad=False)
         linear.bias = self.bias
@@ -109,11 +125,37 @@ class ConvLinear4bit(nn.Linear):
                 f"ConvLinear4bit: the last dimension of x must be in_features={self.in_features}, got K={x.shape[-1]}; "
                 "pass the input that the 16-bit layer takes"
             )
-        return self.multiply(*operand(x, self.scheme), x.dtype)
+        out = self.multiply(*operand(x, self.scheme), x.dtype)
+        for side in self.sides():
+            out = out + side(x).to(x.dtype)
+        return out
 
     def multiply(self, a: Tensor, a_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What `operand` made of (..., K) -> (..., N)."""
         return scaled_mm(a, self.weight, a_scale, self.weight_scale, self.bias, dtype, b_layout=self.weight_layout)
+
+    def add_side(self, name: str, side: Side) -> None:
+        """Add a low-rank term to every product from now on; it moves with the layer and is not in its state_dict."""
+        if name in self._side_scales:
+            raise ValueError(f"ConvLinear4bit: there is a side {name!r} already; remove_side({name!r}) takes it off")
+        for part, tensor in (("down", side.down), ("up", side.up)):
+            self.register_buffer(_side_name(name, part), tensor.detach().clone(), persistent=False)
+        self._side_scales[name] = side.scale
+
+    def remove_side(self, name: str) -> None:
+        """Take a side off: the layer computes exactly what it did before."""
+        del self._side_scales[name]
+        for part in ("down", "up"):
+            delattr(self, _side_name(name, part))
+
+    def sides(self) -> tuple[Side, ...]:
+        """The low-rank terms, in the order in which they came."""
+        if not self._side_scales:
+            return ()
+        return tuple(
+            Side(getattr(self, _side_name(name, "down")), getattr(self, _side_name(name, "up")), scale)
+            for name, scale in self._side_scales.items()
+        )
 
     def relayout(self, layout: str) -> None:
         """Put the resident codes into another order (a backend's own, or "row_major"); the numbers stay the same."""
@@ -153,6 +195,10 @@ class ConvLinear4bit(nn.Linear):
         if self.weight_layout != ROW_MAJOR and key in state_dict:
             state_dict = {**state_dict, key: prepare_weight(state_dict[key], self.weight_layout)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _side_name(name: str, part: str) -> str:
+    return f"side_{name.replace('.', '_')}_{part}"
 
 
 def operand(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,35 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from convrot_quant.config import Scheme
-from convrot_quant.linear import ConvLinear4bit, operand
+from convrot_quant.linear import ConvLinear4bit, Side, operand
+from convrot_quant.lora import add_sides, unwrapped
 from convrot_quant.stack import Operand, Stack
 
 # embedding -> scheme -> (its version, what the modulation layers of that scheme multiply); goes with the embedding
 _modulation_inputs: Mapping[Tensor, dict[Scheme, tuple[int, Operand]]] = WeakTensorKeyDictionary()
 
 
-def is_plain(*layers: nn.Module) -> bool:
-    """Whether each is a ConvLinear4bit itself, no adapter around one, that quantizes its activations."""
-    return all(type(layer) is ConvLinear4bit and layer.scheme.activation_bits < 16 for layer in layers)
+class Opened(NamedTuple):
+    """Linears without the LoRA around them, and the low-rank terms that each is to get."""
+
+    bases: tuple[ConvLinear4bit, ...]
+    sides: tuple[tuple[Side, ...], ...]
+
+    def add_sides(self, out: Tensor, x: Callable[[], Tensor]) -> Tensor:
+        """out (..., sum of N), the product of all of them, plus what adapters make of x (..., K), in place."""
+        return add_sides(
+            out, x, [(base.out_features, sides) for base, sides in zip(self.bases, self.sides, strict=True)]
+        )
 
 
-def base_of(layer: Any) -> Any:
-    """The layer itself; of a LoRA that is switched off, the layer that it wraps."""
-    wrapped = getattr(layer, "base_layer", None)
-    if wrapped is None or getattr(layer, "merged", False):
-        return layer
-    return wrapped if layer.disable_adapters or not layer.active_adapters else layer
+def opened(*layers: nn.Module) -> Opened | None:
+    """What a fused block needs of its layers; None where one is no ConvLinear4bit that quantizes its activations, or
+    an adapter on one is more than a low-rank term."""
+    found = [unwrapped(layer) for layer in layers]
+    fit = all(type(base) is ConvLinear4bit and base.scheme.activation_bits < 16 for base, _ in found)
+    if not fit or any(sides is None for _, sides in found):
+        return None
+    return Opened(tuple(base for base, _ in found), tuple(sides or () for _, sides in found))
 
 
 class FusedBlock(nn.Module):
@@ -51,8 +62,9 @@ class FusedBlock(nn.Module):
     def join(self) -> None:
         """Put the weights of each stack whose layers are all quantized into one storage."""
         for name, members in self.stacked().items():
-            if all(type(member) is ConvLinear4bit for member in members):
-                self._stacks[name].join(members)  # type: ignore[arg-type]
+            bases = [unwrapped(member)[0] for member in members]
+            if all(type(base) is ConvLinear4bit for base in bases):
+                self._stacks[name].join(bases)
 
     def has_hooks(self) -> bool:
         """Whether a hook is on a module inside, which a fused forward would not call.
@@ -82,7 +94,7 @@ def _join_after_loading(block: nn.Module, _: Any) -> None:
 
 def modulations(stack: Stack, linears: Sequence[nn.Module], embedding: Tensor, count: int) -> tuple[Tensor, ...]:
     """Of silu(embedding (B, C)): `count` vectors (B, C) for each linear (count * C outputs), each contiguous."""
-    if all(type(linear) is ConvLinear4bit for linear in linears):
+    if all(type(linear) is ConvLinear4bit and not linear.sides() for linear in linears):
         rows = stack(linears, lambda scheme: _modulation_input(embedding, scheme), embedding.dtype)  # type: ignore[arg-type]
     else:
         rows = torch.cat([linear(F.silu(embedding)) for linear in linears], dim=-1)

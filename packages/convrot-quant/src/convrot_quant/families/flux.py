@@ -5,20 +5,23 @@ GELU and the concatenation before proj_out in the quantizer; gate and residual i
 rotary embedding of q and k; both modulations of a double block. Attention goes through diffusers' dispatcher.
 
 A class here is diffusers' own with another forward, and bears its name: configs, compile_repeated_blocks and caches
-know blocks by their names. Wherever an adapter, a hook, another attention processor or a 16-bit layer is in a block,
-its forward is diffusers' own. Per op the results are those of the separate layers with fewer roundings to 16 bits.
+know blocks by their names. A LoRA adds its low-rank terms to the fused products. Wherever another adapter, a hook,
+another attention processor or a 16-bit layer is in a block, its forward is diffusers' own. Per op the results are those
+of the separate layers with fewer roundings to 16 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_flux as diffusers_flux
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from convrot_kernels import (
     HEAD_SIZES,
@@ -31,9 +34,10 @@ from convrot_kernels import (
     scaled_mm_gate_residual,
 )
 from convrot_quant.config import Scheme
-from convrot_quant.families.blocks import FusedBlock, base_of, is_plain, modulations
-from convrot_quant.linear import ConvLinear4bit, quantizer_options
-from convrot_quant.stack import Operand
+from convrot_quant.families.blocks import FusedBlock, Opened, modulations, opened
+from convrot_quant.linear import ConvLinear4bit, Side, quantizer_options
+from convrot_quant.lora import add_sides, modulated, side_of
+from convrot_quant.stack import Operand, Stack
 
 EPS = 1e-6  # of the blocks' LayerNorms; checked in `fits`
 FLOAT16_MAX = 65504
@@ -63,12 +67,24 @@ def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Callable[[Scheme], Op
     return lambda scheme: rotate_quantize_modulate(x, scale, shift, EPS, **quantizer_options(scheme, x.device))
 
 
-def _gated(layer: ConvLinear4bit, codes: Operand, gate: Tensor, residual: Tensor) -> Tensor:
-    """residual + gate * layer(codes)."""
+def _gated(
+    layer: ConvLinear4bit, codes: Operand, gate: Tensor, residual: Tensor, beside: Tensor | None = None
+) -> Tensor:
+    """residual + gate * (layer(codes) + beside), `beside` being what adapters add."""
     a, a_scale = codes
-    return scaled_mm_gate_residual(
+    out = scaled_mm_gate_residual(
         a, layer.weight, a_scale, layer.weight_scale, layer.bias, gate, residual, b_layout=layer.weight_layout
     )
+    return out if beside is None else torch.addcmul(out, gate.unsqueeze(1), beside)
+
+
+def _joined_gelu(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat((x, F.gelu(y, approximate="tanh")), dim=-1)
+
+
+def _beside(sides: Sequence[Side], x: Callable[[], Tensor]) -> Tensor | None:
+    """What adapters add to a product of x, or None without one."""
+    return side_of(value := x(), sides, value.dtype) if sides else None
 
 
 def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,11 +130,7 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
 
     def stacked(self) -> dict[str, tuple[Any, ...]]:
         attn = self.attn
-        projection = attn.to_q, attn.to_k, attn.to_v, self.proj_mlp
-        return {"projection": tuple(map(base_of, projection)), "modulation": (base_of(self.norm.linear),)}
-
-    def _is_plain(self, projection: Sequence[Any]) -> bool:
-        return is_plain(*projection, base_of(self.proj_out)) and _is_stock(self.attn) and not self.has_hooks()
+        return {"projection": (attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), "modulation": (self.norm.linear,)}
 
     def forward(
         self,
@@ -130,23 +142,31 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
     ) -> tuple[Tensor, Tensor]:
         """image (B, I, C), text (B, T, C), temb (B, C) -> text, image."""
         members, stacks = self.stacked(), self._stacks
-        if joint_attention_kwargs or image_rotary_emb is None or not self._is_plain(members["projection"]):
+        layers, last = opened(*members["projection"]), opened(self.proj_out)
+        stock = image_rotary_emb is not None and not joint_attention_kwargs and _is_stock(self.attn)
+        if layers is None or last is None or not stock or self.has_hooks():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-        attn, width, text = self.attn, self.attn.inner_dim, encoder_hidden_states.shape[1]
         x = _in_a_row(encoder_hidden_states, hidden_states)
         shift, scale, gate = modulations(stacks["modulation"], members["modulation"], temb, 3)
-        columns = 2 * width, width, self.mlp_hidden_dim
-        projection = stacks["projection"](members["projection"], _modulated(x, scale, shift), x.dtype)
-        qk, v, hidden = projection.split(columns, dim=-1)
-        del projection
-        qk = norm_rope(qk, attn.norm_q.weight, attn.norm_k.weight, *image_rotary_emb, EPS)
-        attended = _attention(attn, *qk, v.unflatten(-1, (-1, attn.head_dim)))
-        del qk, v  # what is not needed any more makes room: the peak of a step is here
-        out = base_of(self.proj_out)
+        projection = stacks["projection"](layers.bases, _modulated(x, scale, shift), x.dtype)
+        projection = layers.add_sides(projection, lambda: modulated(x, scale, shift, EPS))
+        attended, hidden = self._attended(projection, image_rotary_emb)
+        del projection  # what is not needed any more makes room: the peak of a step is here
+        out = last.bases[0]
         codes = rotate_quantize_cat_gelu(attended, hidden, **quantizer_options(out.scheme, x.device))
+        beside = _beside(last.sides[0], partial(_joined_gelu, attended, hidden))
         del attended, hidden
-        x = _clipped(_gated(out, codes, gate, x))
+        x = _clipped(_gated(out, codes, gate, x, beside))
+        text = encoder_hidden_states.shape[1]
         return x[:, :text], x[:, text:]
+
+    def _attended(self, projection: Tensor, image_rotary_emb: Any) -> tuple[Tensor, Tensor]:
+        """q, k, v and the MLP's hidden values (B, S, 3 C + 4 C) -> attention's output (B, S, C), hidden (B, S, 4 C)."""
+        attn, width = self.attn, self.attn.inner_dim
+        qk, v, hidden = projection.split((2 * width, width, self.mlp_hidden_dim), dim=-1)
+        cos, sin = image_rotary_emb
+        qk = norm_rope(qk, attn.norm_q.weight, attn.norm_k.weight, cos, sin, EPS)
+        return _attention(attn, *qk, v.unflatten(-1, (-1, attn.head_dim))), hidden
 
 
 class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
@@ -173,56 +193,64 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
 
     def stacked(self) -> dict[str, tuple[Any, ...]]:
         attn = self.attn
-        layers = {
+        return {
             "image": (attn.to_q, attn.to_k, attn.to_v),
             "text": (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
             "modulation": (self.norm1.linear, self.norm1_context.linear),
         }
-        return {name: tuple(map(base_of, members)) for name, members in layers.items()}
 
-    def _is_plain(self, members: Mapping[str, Sequence[Any]]) -> bool:
-        attn, forwards = self.attn, (self.ff.net, self.ff_context.net)
-        others = (attn.to_out[0], attn.to_add_out, *(layer for net in forwards for layer in (net[0].proj, net[2])))
-        return (
-            is_plain(*members["image"], *members["text"], *map(base_of, others))
-            and _is_stock(attn)
-            and not self.has_hooks()
-        )
+    def _after(self, out: nn.Module, ff: Any) -> Opened | None:
+        return opened(out, ff.net[0].proj, ff.net[2])
 
     def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Any = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """image (B, I, C), text (B, T, C), temb (B, C) -> text, image."""
-        members, stacks = self.stacked(), self._stacks
-        if joint_attention_kwargs or image_rotary_emb is None or not self._is_plain(members):
+        attn, members, stacks = self.attn, self.stacked(), self._stacks
+        image_in, text_in = opened(*members["image"]), opened(*members["text"])
+        image_out, text_out = self._after(attn.to_out[0], self.ff), self._after(attn.to_add_out, self.ff_context)
+        stock = image_rotary_emb is not None and not joint_attention_kwargs and _is_stock(attn)
+        quantized = image_in is not None and text_in is not None and image_out is not None and text_out is not None
+        if not quantized or not stock or self.has_hooks():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-        attn, image, text = self.attn, hidden_states, encoder_hidden_states
+        image, text = hidden_states, encoder_hidden_states
         vectors = modulations(stacks["modulation"], members["modulation"], temb, 6)
         of_image, of_text = vectors[:6], vectors[6:]
-        image_qkv = stacks["image"](members["image"], _modulated(image, of_image[1], of_image[0]), image.dtype)
-        text_qkv = stacks["text"](members["text"], _modulated(text, of_text[1], of_text[0]), text.dtype)
+        image_qkv = _projected(stacks["image"], image_in, image, of_image)
+        text_qkv = _projected(stacks["text"], text_in, text, of_text)
         added, own = (attn.norm_added_q.weight, attn.norm_added_k.weight), (attn.norm_q.weight, attn.norm_k.weight)
-        qkv = norm_rope_joint(text_qkv, image_qkv, *added, *own, *image_rotary_emb, EPS)
+        cos, sin = image_rotary_emb
+        qkv = norm_rope_joint(text_qkv, image_qkv, *added, *own, cos, sin, EPS)
         del text_qkv, image_qkv
         attended = _attention(attn, *qkv).split((text.shape[1], image.shape[1]), dim=1)
         del qkv
-        image = _after_attention(image, attended[1], attn.to_out[0], self.ff, of_image)
-        text = _after_attention(text, attended[0], attn.to_add_out, self.ff_context, of_text)
+        image = _after_attention(image, attended[1], image_out, of_image)
+        text = _after_attention(text, attended[0], text_out, of_text)
         return _clipped(text), image
 
 
-def _after_attention(x: Tensor, attended: Tensor, out: Any, ff: Any, vectors: Sequence[Tensor]) -> Tensor:
+def _projected(stack: Stack, layers: Any, x: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """q, k and v of one stream of a double block."""
+    shift, scale = vectors[:2]
+    out = stack(layers.bases, _modulated(x, scale, shift), x.dtype)
+    return cast(Tensor, layers.add_sides(out, lambda: modulated(x, scale, shift, EPS)))
+
+
+def _after_attention(x: Tensor, attended: Tensor, layers: Any, vectors: Sequence[Tensor]) -> Tensor:
     """One stream of a double block from attention's output on: projection and feed-forward, both gated and added."""
+    (out, up, down), (out_sides, up_sides, down_sides) = layers
     _, _, gate, ff_shift, ff_scale, ff_gate = vectors
-    out, up, down = base_of(out), base_of(ff.net[0].proj), base_of(ff.net[2])
-    x = _gated(out, rotate_quantize(attended, **quantizer_options(out.scheme, x.device)), gate, x)
+    codes = rotate_quantize(attended, **quantizer_options(out.scheme, x.device))
+    x = _gated(out, codes, gate, x, _beside(out_sides, lambda: attended))
     hidden = up.multiply(*_modulated(x, ff_scale, ff_shift)(up.scheme), x.dtype)
-    return _gated(down, rotate_quantize_gelu(hidden, **quantizer_options(down.scheme, x.device)), ff_gate, x)
+    hidden = add_sides(hidden, lambda: modulated(x, ff_scale, ff_shift, EPS), [(up.out_features, up_sides)])
+    codes = rotate_quantize_gelu(hidden, **quantizer_options(down.scheme, x.device))
+    return _gated(down, codes, ff_gate, x, _beside(down_sides, lambda: F.gelu(hidden, approximate="tanh")))
 
 
 for _block in (FluxSingleTransformerBlock, FluxTransformerBlock):

@@ -35,6 +35,7 @@ CASES = {
     "pipeline": {"flux_pipeline_2", "flux_pipeline_3"},
     "breakdown": {f"breakdown/{side}_{mode}" for side in ("bf16", "ours") for mode in ("eager", "compiled")},
     "loading": {"flux_quantize_load", "flux_load"},
+    "lora": {"lora_rank16"},
 }
 
 
@@ -446,7 +447,7 @@ def test_selection():
     assert (scale.sizes, scale.batches, scale.peers) == ((2048,), (1,), ("torchao_fp8",))
     assert select("cuda", tiny=False) == REAL
     labels = [job.label for job in plan(REAL, [])]
-    assert labels == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image", "pipeline", "breakdown", "loading"]
+    assert labels == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image", "pipeline", "breakdown", "loading", "lora"]
     assert [job.label for job in plan(REAL, ["breakdown", "step"])] == ["step", "breakdown"]
 
 

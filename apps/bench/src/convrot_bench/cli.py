@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich
 console = Console(stderr=True, highlight=False)
 
 MODEL_OUT, TINY_OUT = Path("docs/results/model.jsonl"), Path("outputs/model_tiny.jsonl")
-TABLES = "step, sizes, peers, families, pipeline, breakdown or loading"
+TABLES = "step, sizes, peers, families, pipeline, breakdown, loading or lora"
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
 
 
@@ -136,7 +136,7 @@ def report(
     from convrot_bench.report import update
     from convrot_bench.results import load
 
-    targets = pages or [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+    targets = pages or [Path("README.md"), Path("packages/convrot-quant/README.md"), *sorted(Path("docs").glob("*.md"))]
     files = sorted(results.glob("*.jsonl"))
     changed = update(files, targets, check=check) + draw(load(files), images, check=check)
     for page in changed:

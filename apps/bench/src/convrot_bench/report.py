@@ -1,4 +1,4 @@
-"""Tables of README and docs, made from the committed lines of docs/results and from nothing else."""
+"""Tables of README and docs, made from the committed lines of docs/results, and of plans of released models."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from convrot_bench.family_table import families_table
 from convrot_bench.methods import METHODS
 from convrot_bench.model_speed import model_bars_table, model_table
 from convrot_bench.results import load
@@ -101,18 +102,23 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "model": model_table,
     "model_bars": model_bars_table,
 }
+_FAMILIES = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def fill(text: str, rows: Rows) -> str:
-    """Replace what stands between `<!-- results:NAME -->` and `<!-- /results -->` by the table NAME."""
+    """Replace what stands between `<!-- results:NAME -->` and `<!-- /results -->` by the table NAME.
+
+    Likewise between `<!-- families -->` and `<!-- /families -->` by the table of released models.
+    """
 
     def table(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
             raise ValueError(f"report: unknown table {match[2]!r}; use one of {', '.join(TABLES)}")
         return f"{match[1]}\n{TABLES[match[2]](rows)}\n\n{match[3]}"
 
-    return _BLOCK.sub(table, text)
+    text = _BLOCK.sub(table, text)
+    return _FAMILIES.sub(lambda match: f"{match[1]}\n{families_table()}\n\n{match[2]}", text)
 
 
 def update(results: Iterable[Path], pages: Iterable[Path], *, check: bool) -> list[Path]:

@@ -11,6 +11,7 @@ from convrot_bench.model.breakdown import breakdown
 from convrot_bench.model.configs import REAL, TINY, Scale
 from convrot_bench.model.families import FAMILIES, family
 from convrot_bench.model.loading import loading
+from convrot_bench.model.lora import lora
 from convrot_bench.model.peers import PEERS, peers
 from convrot_bench.model.pipeline import pipeline
 from convrot_bench.model.sizes import sizes
@@ -27,6 +28,7 @@ TABLES: dict[str, dict[str, Measure]] = {
     "pipeline": {"pipeline": pipeline},
     "breakdown": {"breakdown": breakdown},
     "loading": {"loading": loading},
+    "lora": {"lora": lora},
 }
 
 

@@ -1,7 +1,9 @@
 """4-bit inference for diffusion transformers: rotate, quantize, save, load, generate. No calibration, no retraining."""
 
 from convrot_quant.checkpoint import load_quantized, save_quantized
+from convrot_quant.comfy import load_comfy, save_comfy
 from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.convrot_config import ConvRotConfig
 from convrot_quant.fuse import fuse_, unfuse_
 from convrot_quant.graphs import cuda_graphs_
 from convrot_quant.linear import ConvLinear4bit
@@ -13,6 +15,7 @@ from convrot_quant.streaming import load_and_quantize
 __all__ = [
     "CheckpointError",
     "ConvLinear4bit",
+    "ConvRotConfig",
     "LayerPlan",
     "Plan",
     "QuantConfig",
@@ -22,9 +25,11 @@ __all__ = [
     "dequantize_",
     "fuse_",
     "load_and_quantize",
+    "load_comfy",
     "load_quantized",
     "plan",
     "quantize_",
+    "save_comfy",
     "save_quantized",
     "unfuse_",
 ]

@@ -247,7 +247,7 @@ def _fitting_dtypes(name: str, tensor: Tensor, manifest: Manifest) -> tuple[str,
 
 
 def write_config(model: nn.Module, folder: Path) -> None:
-    """diffusers' config.json plus a mark, so that diffusers' own loaders refuse the folder instead of misreading it."""
+    """diffusers' config.json plus the mark by which from_pretrained knows the folder, and refuses it without us."""
     model.save_config(folder)  # type: ignore[operator]
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {MARK_KEY: MARK}

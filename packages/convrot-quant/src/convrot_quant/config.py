@@ -112,7 +112,7 @@ class QuantConfig:
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
-        """A named configuration of presets.py: ours, paper, paper-mixed, w4a8, w4a16, w8a8, w8a16."""
+        """A named configuration of presets.py: ours, paper, paper-mixed, w4a8, w4a16, w8a8, w8a16, text-encoder."""
         from convrot_quant.presets import MODULATION_GLOBS, PRESETS
 
         preset = PRESETS.get(name.strip().lower()) if isinstance(name, str) else None

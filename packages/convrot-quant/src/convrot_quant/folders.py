@@ -1,4 +1,4 @@
-"""replace_folder: write a folder beside its destination, then rename it into place: no half-written one exists."""
+"""replace_folder, replace_file: write beside the destination, then rename into place: no half-written one exists."""
 
 from __future__ import annotations
 
@@ -111,3 +111,29 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replace_file(file: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the path of a sibling file to write; on success it becomes `file`, on any error it vanishes."""
+    target = Path(os.path.abspath(file))
+    _refuse_file(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        yield building
+        with building.open("rb+") as written:
+            os.fsync(written.fileno())
+        _refuse_file(target, overwrite)
+        os.replace(building, target)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _refuse_file(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise FileExistsError(f"{target} exists and is not a plain file; choose another destination")
+    if target.exists() and not overwrite:
+        raise _exists(target)

@@ -7,7 +7,7 @@ A folder is `config.json`, and either one safetensors file or shards with an ind
 from __future__ import annotations
 
 import json
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from convrot_quant.plans import Plan
 FORMAT_VERSION = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' own names, so that its tools find the files
 INDEX = f"{WEIGHTS}.index.json"
+MOST_HEADER = 10 * 2**20  # bytes, 50 times FLUX.1's: safetensors takes 100 MB, whose tensors take a minute to list
 MARK_KEY, MARK = "quantization_config", {"quant_method": "convrot", "format_version": FORMAT_VERSION}
 VERSION_KEY, PLAN_KEY, VERSIONS_KEY = "convrot_format_version", "convrot_plan", "convrot_versions"
 
@@ -99,6 +100,16 @@ def read_manifest(folder: str | Path) -> Manifest:
     return Manifest(folder, plan, versions, config, tensors, sum(path.stat().st_size for path in files))
 
 
+def read_plan(files: Sequence[str | Path]) -> Plan:
+    """The plan in the headers of a quantized model's files, whatever their names; they must all be of one save."""
+    metadata: dict[str, str] = {}
+    for path in map(Path, files):
+        own, _ = read_header(path)
+        _check_metadata(path, own, metadata or own)
+        metadata = metadata or own
+    return _plan_and_versions(Path(files[0]), metadata)[0]
+
+
 def _plan_and_versions(path: Path, metadata: dict[str, str]) -> tuple[Plan, dict[str, str]]:
     """What a file's metadata says beyond its format version."""
     try:
@@ -169,6 +180,12 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]]:
             f"{path.parent}: no {path.name}; give a folder written by save_quantized or `convrot quantize`"
         )
     try:
+        with path.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MOST_HEADER < length <= path.stat().st_size:
+            raise CheckpointError(
+                f"{path}: its header has {length} bytes, more than {MOST_HEADER}; do not trust this file"
+            )
         with safe_open(str(path), framework="pt") as file:
             tensors = {}
             for name in file.keys():  # noqa: SIM118  # not a dict: it cannot be iterated

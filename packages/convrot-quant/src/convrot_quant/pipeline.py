@@ -16,14 +16,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from convrot_kernels import preferred_layout
-from convrot_quant.checkpoint import build_quantized, load_quantized, write_quantized
+from convrot_quant.checkpoint import build_quantized, load_quantized
 from convrot_quant.config import QuantConfig
 from convrot_quant.folders import replace_folder
 from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config, read_manifest
-from convrot_quant.patch import plan_of
 from convrot_quant.plans import Plan
-from convrot_quant.streaming import empty_16bit, load_and_quantize, outline
+from convrot_quant.streaming import empty_16bit, load_and_quantize, outline, quantize_to
 
 TRANSFORMERS = ("transformer", "transformer_2")  # Wan 2.2 has two
 _ROOT_FILES = ("model_index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -216,13 +215,16 @@ def quantize_folder(
         if folder.is_pipeline:
             _copy_components(folder, building)
         for name, path in folder.transformers.items():
-            # finished layers wait on the CPU, from where they are written: the GPU holds one layer at a time
-            place = device or "cpu"
-            model = load_and_quantize(path, config, device=place, home="cpu", dtype=dtype, progress=progress)
             (building / name).mkdir(exist_ok=True)
-            write_quantized(model, building / name, max_shard_size=max_shard_size, progress=progress)
-            plans[name or "transformer"] = plan_of(model)
-            del model
+            plans[name or "transformer"] = quantize_to(
+                path,
+                building / name,
+                config,
+                device=device or "cpu",
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                progress=progress,
+            )
     return plans
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 # A modulation linear turns the timestep embedding into scales, shifts and gates: one row per image. It is 27 % of
 # FLUX.1-dev's parameters and 0.01 % of its work, and the most sensitive layer of all to 4-bit activations.
-MODULATION_GLOBS = ("*.norm*.linear", "*_mod.*", "*adaLN*", "*modulation*")
+MODULATION_GLOBS = ("*.norm*.linear", "*.norm*.linear_?", "*_mod.*", "*adaLN*", "*modulation*")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ PRESETS: Mapping[str, Preset] = {
     "w8a16": Preset(
         about="as ours, weight-only: 8-bit weights, 16-bit activations", scheme="W8A16", modulation="W8A16"
     ),
+    "text-encoder": Preset(
+        about="for T5, CLIP and other text encoders: 8-bit weights and activations, half of their memory",
+        scheme="W8A8",
+        modulation="W8A16",
+    ),
 }
 
 _FLUX = {
@@ -77,5 +82,11 @@ KEEP_16BIT: Mapping[str, Mapping[str, str]] = {
     "BriaFiboTransformer2DModel": {"caption_projection.*": "text embedder", **_FLUX},
     "HiDreamImageTransformer2DModel": {"caption_projection.*": "text embedder"},
     "GlmImageTransformer2DModel": {"glyph_projector.*": "glyph embedder", "prior_projector.*": "prior embedder"},
+    # LTX-2.3: one number a head and token, from 32 outputs in all: no bytes to win, and a head's whole output to lose
+    "LTX2VideoTransformer3DModel": {"*.to_gate_logits": "gate of attention heads"},
     "WanAnimateTransformer3DModel": {"condition_embedder.*": "condition embedder"},
 }
+
+# Layers whose codes must be int8: T5 casts its activations to the dtype of this weight, unless that is int8, so that
+# packed codes (uint8) would turn the activations into integers.
+EIGHT_BIT: Mapping[str, str] = {"*.DenseReluDense.wo": "T5 reads the dtype of this weight"}

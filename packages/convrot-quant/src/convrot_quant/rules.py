@@ -15,7 +15,7 @@ from torch import nn
 
 from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.linear import COMPUTE_DTYPES
-from convrot_quant.presets import KEEP_16BIT
+from convrot_quant.presets import EIGHT_BIT, KEEP_16BIT
 
 # Below this K a linear holds too few bytes to matter and its rows too few values for a good rotation; FLUX.1's
 # smallest block linear has 3072, mini-flux's 512, and embedders of timesteps and latents have 12 to 257.
@@ -81,7 +81,17 @@ def choose(layer: Linear, config: QuantConfig, model_class: str) -> tuple[Scheme
     reason = cannot_run(layer) or ("" if exact else _better_not(layer, model_class))
     if reason:
         return None, reason
-    return _with_group(scheme, layer.module.in_features)
+    scheme, why = _in_8_bits(scheme, layer)
+    found, note = _with_group(scheme, layer.module.in_features)
+    return found, "; ".join(filter(None, (why, note)))
+
+
+def _in_8_bits(scheme: Scheme, layer: Linear) -> tuple[Scheme, str]:
+    """The scheme, with 8-bit weights and the reason where packed codes would be misread."""
+    for glob, reason in EIGHT_BIT.items():
+        if scheme.weight_bits == 4 and matches(layer, glob):
+            return replace(scheme, weight_bits=8, activation_bits=max(scheme.activation_bits, 8)), reason
+    return scheme, ""
 
 
 def cannot_run(layer: Linear) -> str:

@@ -43,6 +43,14 @@ def empty_model(
     return model
 
 
+def as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its tensors in the dtypes that diffusers' loader would give them; in place."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if keeps_fp32(model, name) else dtype)
+    return model
+
+
 def keeps_fp32(model: nn.Module, name: str) -> bool:
     """Whether the model's class wants the tensor `name` of its state_dict in fp32, whatever the rest is in."""
     return not set(getattr(model, "_keep_in_fp32_modules", None) or ()).isdisjoint(name.split("."))

@@ -1,13 +1,17 @@
-"""load_and_quantize: a 16-bit diffusers folder in, a quantized model out; the 16-bit model is never in memory.
+"""load_and_quantize: a 16-bit diffusers folder in, a quantized model out; quantize_to: quantized files out.
 
 The plan is made on the meta device, from shapes alone. Then tensors are read one at a time: at the worst moment there
-are the layers quantized so far, what stays in 16 bits, and one 16-bit weight with what its quantization needs.
+are the layers quantized so far, what stays in 16 bits, and one 16-bit weight with what its quantization needs. Writing
+files, only the last of these.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.contents import write_shards
 from convrot_quant.fuse import fuse_
-from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.linear import ConvLinear4bit, quantize_weight
 from convrot_quant.manifest import (
     INDEX,
     MARK_KEY,
@@ -29,10 +34,11 @@ from convrot_quant.manifest import (
     read_index,
     refuse_names,
 )
-from convrot_quant.patch import plan
+from convrot_quant.patch import plan, plan_of
 from convrot_quant.plans import Plan
 from convrot_quant.rules import cannot_run, linears
-from convrot_quant.skeleton import empty_model, keeps_fp32
+from convrot_quant.skeleton import as_loaded, empty_model
+from convrot_quant.tensorfile import NAMES, Stored
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "copy or download the folder again"
@@ -85,13 +91,81 @@ def outline(
     return model.eval()
 
 
+def quantize_to(
+    path: str | Path,
+    building: Path,
+    config: QuantConfig | Plan | str = "ours",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> Plan:
+    """A transformer folder of diffusers -> its quantized files in an existing folder; returns the plan.
+
+    The files are those of load_and_quantize and save_quantized, but no model is in memory, quantized or not: a tensor
+    is read, quantized on `device` and written before the next.
+    """
+    folder = Path(path)
+    headers = read_headers(folder)
+    model = empty_16bit(folder, dtype)
+    _check_tensors(folder, model, headers)
+    decided = _decide(folder, model, config)
+    quantized = outline(folder, decided, dtype=dtype)
+    quantized.register_to_config(_name_or_path=str(folder))  # type: ignore[operator]  # as from_pretrained does
+    quantized.convrot_plan = decided  # type: ignore[assignment]  # a dict, not a Module: its notes are saved
+    tensors: dict[str, Stored] = {}
+    for name, tensor in quantized.state_dict().items():
+        if name in headers:
+            tensors[name] = _stored(tensor, partial(_value, name, headers[name], tensor.dtype, "cpu"))
+    for name, scheme in decided.items():
+        key = f"{name}.weight"
+        layer = _Quantized(folder, name, headers[key], model.state_dict()[key].dtype, scheme, device)
+        shapes = quantized.get_submodule(name).state_dict()
+        tensors[key] = replace(_stored(shapes["weight"], layer.codes), dtype="I8")
+        tensors[f"{name}.weight_scale"] = _stored(shapes["weight_scale"], layer.scale)
+    write_shards(quantized, tensors, building, max_shard_size=max_shard_size, verb="quantize", progress=progress)
+    return plan_of(quantized)
+
+
+def _stored(like: Tensor, make: Callable[[], Tensor]) -> Stored:
+    return Stored(NAMES[like.dtype], tuple(like.shape), (make,))
+
+
+@dataclass
+class _Quantized:
+    """A layer's codes and scale, made when the first of them is written; the scale waits for its turn."""
+
+    folder: Path
+    name: str
+    header: TensorHeader
+    dtype: torch.dtype
+    scheme: Scheme
+    device: torch.device | str
+    waiting: Tensor | None = None
+
+    def codes(self) -> Tensor:
+        """uint8 (N, K/2) or int8 (N, K), on the CPU."""
+        weight = _value(f"{self.name}.weight", self.header, self.dtype, self.device)
+        try:
+            codes, scale = quantize_weight(weight, self.scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {self.name!r} cannot be quantized: {error}") from None
+        self.waiting = scale.cpu()
+        return codes.cpu()
+
+    def scale(self) -> Tensor:
+        """fp32 (N,), on the CPU."""
+        if self.waiting is None:
+            self.codes()
+        scale, self.waiting = self.waiting, None
+        assert scale is not None, "codes makes it"
+        return scale
+
+
 def empty_16bit(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The modules of a 16-bit folder on the meta device, with the dtypes that diffusers' loader gives them."""
-    model = empty_model(folder, read_config(folder), dtype=dtype)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if keeps_fp32(model, name) else dtype)
-    return model
+    return as_loaded(empty_model(folder, read_config(folder), dtype=dtype), dtype)
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -159,15 +233,20 @@ def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) ->
 
 def _load(model: nn.Module, name: str, header: TensorHeader, device: torch.device | str) -> None:
     """Give a parameter or buffer its value from a file, cast to the dtype that it has on the meta device."""
-    # opened for each tensor: the pages of a mapped file count as this process's memory until the mapping ends
-    with safe_open(str(header.file), framework="pt", device=str(device)) as file:
-        tensor: Tensor = file.get_tensor(name)
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, leaf)
-    value = tensor.to(old.dtype) if tensor.is_floating_point() else tensor
+    value = _value(name, header, old.dtype, device)
     is_parameter = isinstance(old, nn.Parameter)
     setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
+
+
+def _value(name: str, header: TensorHeader, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A tensor of a file; floating-point values are cast."""
+    # opened for each tensor: the pages of a mapped file count as this process's memory until the mapping ends
+    with safe_open(str(header.file), framework="pt", device=str(device)) as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _quantize_layer(folder: Path, model: nn.Module, name: str, scheme: Scheme, device: torch.device | str) -> None:

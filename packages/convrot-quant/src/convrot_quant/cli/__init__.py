@@ -1,4 +1,4 @@
-"""The `convrot` command: quantize, inspect, generate, compare, doctor. One file per command."""
+"""The `convrot` command: quantize, inspect, generate, compare, convert, verify, doctor. One file per command."""
 
 from convrot_quant.cli.app import app, main
 

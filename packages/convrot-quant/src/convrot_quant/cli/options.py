@@ -12,6 +12,7 @@ import torch
 import typer
 from torch import nn
 
+from convrot_quant.checkpoint import check_shard_size
 from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.generation import Settings
 from convrot_quant.presets import PRESETS
@@ -118,6 +119,14 @@ def check_globs(models: Sequence[nn.Module], keep: Sequence[str] | None, overrid
         if not any(matches(layer, glob) for layer in layers):
             example = layers[-1].name if layers else "none"
             raise typer.BadParameter(f"{glob!r} matches no linear layer; layers have names like {example!r}")
+
+
+def check_size(size: str) -> None:
+    """--max-shard-size must be a size."""
+    try:
+        check_shard_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def read_device(device: str) -> str:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from convrot_quant.checkpoint import check_shard_size
 from convrot_quant.cli.options import (
     Device,
     DType,
@@ -20,6 +19,7 @@ from convrot_quant.cli.options import (
     Preset,
     Quiet,
     check_globs,
+    check_size,
     read_config,
     read_device,
     read_text,
@@ -69,7 +69,7 @@ def command(
     output = Output(as_json, quiet)
     hush(quiet=quiet)
     config = _read_config(preset, keep, override, plan)
-    _check_shard_size(max_shard_size)
+    check_size(max_shard_size)
     place, folder = read_device(device), open_folder(model)
     check_globs([meta_transformer(path) for path in folder.transformers.values()], keep, override)
     plans = quantize_folder(
@@ -101,13 +101,6 @@ def _read_config(
     if preset != "ours" or keep or override:
         raise typer.BadParameter("--plan decides every layer; leave out --preset, --keep and --override")
     return _read_plan(plan)
-
-
-def _check_shard_size(size: str) -> None:
-    try:
-        check_shard_size(size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _read_plan(path: Path) -> Plan:

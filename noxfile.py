@@ -2,6 +2,7 @@
 
 nox                  lint, types and tests: what has to pass before a commit, and what CI runs
 nox -s generate      BF16 and 4-bit images of the shipped mini-flux, side by side
+nox -s demo          the same in the browser
 nox -s tests_full    everything, slow tests included; leaves its result in docs/results
 nox -s kernels       the compiled kernels in a wheel, no GPU needed; leaves its times and sizes in docs/results
 """
@@ -27,7 +28,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
-PACKAGES = ("packages/convrot-kernels", "packages/convrot-quant", "apps/mini-flux", "apps/bench")
+PACKAGES = ("packages/convrot-kernels", "packages/convrot-quant", "apps/mini-flux", "apps/bench", "apps/demo")
 FORMATTED = ("packages", "apps", "tests", "noxfile.py")
 SHIPPED_ARCHS = ("sm_80", "sm_90a")  # 8.0 to 8.9 and 9.0: together at most 12 GEMMs to compile
 SHIPPED_LOADS = """
@@ -41,7 +42,7 @@ for arch in sys.argv[1:]:
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """The four packages, editable, in one pip command (none of them is on an index), plus dependency groups."""
+    """All packages, editable, in one pip command (none of them is on an index), plus dependency groups."""
     constraints = ("-c", "constraints.txt")
     # torch by itself and first: pip then takes the build that a find-links folder or an extra index offers
     session.install("torch==2.13.0", *constraints, silent=False)
@@ -68,17 +69,17 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All CPU tests but the slow ones, on two processes. `nox -s tests -- tests/kernels -k rotate` runs some."""
-    install(session, "test")
-    session.run("pytest", "-n", "2", "-m", "not slow and not gpu and not browser", *session.posargs)
+    install(session, "test", "browser")
+    session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *session.posargs)
 
 
 @nox.session
 def tests_full(session: nox.Session) -> None:
     """Every CPU test: the slow ones, longer fuzzing, clean-environment builds. Writes docs/results/tests_full.json."""
-    install(session, "test")
+    install(session, "test", "browser")
     session.install("build", "-c", "constraints.txt")
     report = Path(session.create_tmp()).resolve() / "junit.xml"
-    command = ("pytest", "-n", "2", "-m", "not gpu and not browser", f"--junitxml={report}", *session.posargs)
+    command = ("pytest", "-n", "2", "-m", "not gpu", f"--junitxml={report}", *session.posargs)
     session.run(*command, env={"HYPOTHESIS_PROFILE": "long"}, success_codes=[0, 1])
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, "pytest writes one testsuite"
@@ -138,7 +139,7 @@ def _record_kernels(session: nox.Session, result: dict[str, Any], archs: list[st
 @nox.session
 def interpreter(session: nox.Session) -> None:
     """The Triton kernels on CPU tensors, in Triton's interpreter, which a process has from its start or not at all."""
-    install(session, "test")
+    install(session, "test", "browser")
     command = ("pytest", "-n", "2", "-m", "not gpu", "tests/kernels", *session.posargs)
     session.run(*command, env={"TRITON_INTERPRET": "1"})
 
@@ -157,6 +158,13 @@ def generate(session: nox.Session) -> None:
         "convrot", "generate", "apps/mini-flux/weights", "--prompts-file", "apps/mini-flux/prompts.txt", "--seed", "0",
         "--sheet", "outputs/bf16_vs_4bit.png", "-o", "outputs", *session.posargs,
     )  # fmt: skip
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """BF16 and 4-bit side by side in the browser, on the shipped mini-flux. `nox -s demo -- --port 8000`"""
+    install(session)
+    session.run("convrot-demo", *session.posargs)
 
 
 @nox.session

@@ -1,6 +1,5 @@
 """ConvRot kernels: regular-Hadamard rotation, 4- and 8-bit quantization and low-bit matrix products for PyTorch."""
 
-from convrot_kernels.checks import HEAD_SIZES
 from convrot_kernels.dispatch import (
     BackendError,
     available_backends,
@@ -28,7 +27,6 @@ from convrot_kernels.ops import (
 from convrot_kernels.reference import hadamard
 
 __all__ = [
-    "HEAD_SIZES",
     "BackendError",
     "available_backends",
     "hadamard",

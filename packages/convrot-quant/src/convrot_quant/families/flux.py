@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convrot_kernels import (
-    HEAD_SIZES,
     norm_rope,
     norm_rope_joint,
     rotate_quantize,
@@ -33,6 +32,7 @@ from convrot_kernels import (
     rotate_quantize_modulate,
     scaled_mm_gate_residual,
 )
+from convrot_kernels.checks import HEAD_SIZES
 from convrot_quant.config import Scheme
 from convrot_quant.families.blocks import FusedBlock, Opened, modulations, opened
 from convrot_quant.linear import ConvLinear4bit, Side, quantizer_options

@@ -411,6 +411,17 @@ def test_group_offload_gives_the_same_output(make_flux: Flux, run: Run, kind: st
         assert not any(stack._parts for name in BLOCKS for stack in fused.get_submodule(name)._stacks.values())
 
 
+def test_compiled_blocks_call_the_hooks_that_offload_their_layers(make_flux: Flux, run: Run) -> None:
+    torch._dynamo.reset()
+    fused, plain = _pair(make_flux)
+    expected = run(plain)  # hooks on leaves keep blocks unfused, where they are traced too
+    cpu = torch.device("cpu")
+    fused.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    fused.compile_repeated_blocks(backend="eager")
+    assert_equal(run(fused), expected)
+    torch._dynamo.reset()
+
+
 def test_the_first_block_cache_knows_fused_blocks(make_flux: Flux, run: Run) -> None:
     from diffusers import FirstBlockCacheConfig
 

@@ -59,9 +59,13 @@ class Stack:
 
     def parts(self, members: Sequence[ConvLinear4bit]) -> tuple[Part, ...]:
         """The members, neighbours of one scheme joined."""
-        if not torch.compiler.is_compiling() and self._addresses != _addresses(members):  # nothing that could be traced
-            self.forget()  # what is joined would stay in memory beside what has moved
-        return self._parts or _parts_of([[member] for member in members])
+        if torch.compiler.is_compiling():  # addresses cannot be traced; a block that is offloaded is told by its device
+            moved = bool(self._parts) and self._parts[0].weight.device != members[0].weight.device
+        else:
+            moved = self._addresses != _addresses(members)
+            if moved:
+                self.forget()  # what is joined would stay in memory beside what has moved
+        return _parts_of([[member] for member in members]) if moved or not self._parts else self._parts
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()

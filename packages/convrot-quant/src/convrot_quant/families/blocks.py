@@ -69,16 +69,14 @@ class FusedBlock(nn.Module):
     def has_hooks(self) -> bool:
         """Whether a hook is on a module inside, which a fused forward would not call.
 
-        accelerate and diffusers hang theirs up as a `forward` of the instance. Traced code does not look: torch.compile
-        itself does not ask again for hooks that come later.
+        accelerate and diffusers hang theirs up as a `forward` of the instance.
         """
-        if torch.compiler.is_compiling():
-            return False
         states = (module.__dict__ for module in self._inner)
         if not any("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"] for state in states):
             return False
-        for stack in self._stacks.values():
-            stack.forget()  # hooks that move weights leave them there alone
+        if not torch.compiler.is_compiling():
+            for stack in self._stacks.values():
+                stack.forget()  # hooks that move weights leave them there alone
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -27,8 +27,7 @@ from safetensors.torch import save_file
 from convrot_demo import worker as worker_file
 from convrot_demo.comparison import FULL, Event
 from convrot_demo.drawing import Step, Stopped
-from convrot_demo.models import Options
-from convrot_demo.serve import Server, launch, load
+from convrot_demo.serve import Server, launch
 from convrot_demo.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -41,22 +40,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
 ]
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker(load(Options(str(WEIGHTS), mini_flux=WEIGHTS)))
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(scope="module")
-def url(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = launch(worker, Server(), wait=False)
-        yield page.local_url
-        page.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +25,11 @@ from PIL import Image
 from convrot_demo import cli, lora
 from convrot_demo import worker as worker_file
 from convrot_demo.drawing import Stopped
-from convrot_demo.models import Options
-from convrot_demo.serve import Server, launch, load
+from convrot_demo.serve import Server, launch
 from convrot_demo.worker import Worker
 
 WEIGHTS = Path(__file__).parents[2] / "apps" / "mini-flux" / "weights"
 SMALL = {"steps": 1, "width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker(load(Options(str(WEIGHTS), mini_flux=WEIGHTS)))
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(scope="module")
-def url(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = launch(worker, Server(), wait=False)
-        yield page.local_url
-        page.close()
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def quality(
 
     Example:  convrot-bench quality apps/mini-flux/weights --judge apps/mini-flux/judge.safetensors --captions 100
     """
-    from convrot_bench.quality import Suite, run, select
+    from convrot_bench.quality.suite import Suite, run, select
     from convrot_bench.results import Writer
 
     methods = select(method or [])

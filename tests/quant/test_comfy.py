@@ -256,6 +256,11 @@ REFUSED: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
     "fp8": ({"format": "float8_e4m3fn"}, {}, "'float8_e4m3fn': not one of convrot_w4a4"),
     "group of 4": (GOOD | {"convrot_groupsize": 4}, {}, "convrot_groupsize 4; this program has 16, 64, 256, 1024"),
     "group of a list": (GOOD | {"convrot_groupsize": [256]}, {}, "convrot_groupsize"),
+    "clip": (
+        GOOD | {"convrot_activation_clip": 2},
+        {},
+        "the marker of 'a' does not fit: Scheme: activation_clip",
+    ),
     "linear dtype": (GOOD | {"linear_dtype": "fp4"}, {}, "linear_dtype 'fp4'"),
     "group that does not divide": (GOOD | {"convrot_groupsize": 1024}, {}, "K=256, not a multiple of 64 and of group"),
     "no marker": (None, {}, "no layer is marked as quantized"),
@@ -291,7 +296,6 @@ def test_markers_that_contradict_each_other(file: Path, tmp_path: Path) -> None:
         ({"*.to_v": Scheme(8, 8)}, "'double_blocks.0.img_attn.qkv' is one layer .*to_v W8A8"),
         ({"*.to_v": Scheme(4, 16)}, "'double_blocks.0.img_attn.qkv' is one layer .*to_q W4A4.*to_v W4A16"),
         ({"*.to_out.0": Scheme(8, 4)}, "no place for Scheme"),
-        ({"*.to_out.0": Scheme(activation_clip=0.9)}, "no place for Scheme"),
     ],
 )
 def test_what_the_format_cannot_hold_is_not_written(

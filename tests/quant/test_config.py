@@ -23,7 +23,9 @@ def test_parse_reads_the_short_name_in_any_case(name: str) -> None:
         ({"weight_bits": 3}, "Scheme: weight_bits must be one of 4, 8; got 3"),
         ({"activation_bits": 2}, "Scheme: activation_bits must be one of 4, 8, 16; got 2"),
         ({"group_size": 128}, "Scheme: group_size must be one of 16, 64, 256, 1024; got 128"),
-        ({"weight_rule": "mse"}, "Scheme: weight_rule must be one of 'absmax'; got 'mse'"),
+        ({"weight_rule": "best"}, "Scheme: weight_rule must be one of 'absmax', 'mse'; got 'best'"),
+        ({"weight_rule": "mse", "weight_bits": 8}, "weight_rule='mse' needs weight_bits=4; got weight_bits=8; use"),
+        ({"weight_rounding": "up"}, "Scheme: weight_rounding must be one of 'nearest', 'balanced'; got 'up'"),
         ({"activation_rule": ""}, "Scheme: activation_rule must be one of 'absmax'; got ''"),
         ({"activation_clip": 0}, "activation_clip must be a number with 0 < activation_clip <= 1; got 0"),
         ({"activation_clip": 1.5}, "got 1.5"),
@@ -39,6 +41,22 @@ def test_scheme_refuses_a_bad_value_by_name(values: dict, message: str) -> None:
 def test_parse_names_what_it_accepts(name: str) -> None:
     with pytest.raises(ValueError, match="is not a scheme name; use one like W4A4, W4A8"):
         Scheme.parse(name)
+
+
+def test_a_short_name_means_the_recommended_rules_and_absmax_the_papers() -> None:
+    assert Scheme.parse("W4A4-absmax") == Scheme()
+    recommended = Scheme.parse("W4A4")
+    assert (recommended.weight_rule, recommended.weight_rounding) == ("mse", "balanced")
+    assert 0.5 < recommended.activation_clip < 1
+    assert Scheme.parse("W8A8").weight_rule == "absmax"
+
+
+def test_the_paper_presets_hold_nothing_but_the_papers_rules() -> None:
+    for name in ("paper", "paper-mixed"):
+        config = QuantConfig.preset(name)
+        for scheme in (config.scheme, *config.overrides.values()):
+            rules = scheme.weight_rule, scheme.weight_rounding, scheme.activation_rule, scheme.activation_clip
+            assert rules == ("absmax", "nearest", "absmax", 1.0)
 
 
 def test_parse_refuses_bits_that_no_kernel_has() -> None:
@@ -78,7 +96,7 @@ def test_config_json_round_trip_keeps_the_order_of_overrides(name: str) -> None:
 
 def test_config_json_takes_short_scheme_names() -> None:
     config = QuantConfig.from_json('{"scheme": "w4a8", "overrides": {"*.to_v": "W8A8"}, "keep": ["*.to_q"]}')
-    assert config == QuantConfig(Scheme(4, 8), {"*.to_v": Scheme(8, 8)}, ("*.to_q",))
+    assert config == QuantConfig(Scheme.parse("W4A8"), {"*.to_v": Scheme.parse("W8A8")}, ("*.to_q",))
 
 
 @pytest.mark.parametrize(

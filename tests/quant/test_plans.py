@@ -23,7 +23,7 @@ def decided(make_flux: Callable[..., nn.Module]) -> Plan:
 
 def test_is_the_dict_of_quantized_layers(decided: Plan) -> None:
     assert isinstance(decided, dict)
-    assert decided[LAST] == Scheme()
+    assert decided[LAST] == Scheme.parse("W4A4")
     assert not set(decided) & set(decided.reasons)
     assert len(decided) + len(decided.reasons) == len(decided.layers) == 36
 

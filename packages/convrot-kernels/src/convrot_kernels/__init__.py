@@ -25,6 +25,7 @@ from convrot_kernels.ops import (
     unpack_int4,
 )
 from convrot_kernels.reference import hadamard
+from convrot_kernels.weights import quantize_weight
 
 __all__ = [
     "BackendError",
@@ -36,6 +37,7 @@ __all__ = [
     "preferred_codes",
     "preferred_layout",
     "prepare_weight",
+    "quantize_weight",
     "restore_weight",
     "rotate",
     "rotate_quantize",

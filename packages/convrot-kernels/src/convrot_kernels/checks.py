@@ -13,6 +13,7 @@ from torch import Tensor
 from convrot_kernels.layouts import LAYOUTS
 from convrot_kernels.reference import GROUP_SIZES, QMAX, SCALE_RULES
 
+WEIGHT_RULES, ROUNDINGS = ("absmax", "mse"), ("nearest", "balanced")
 HEAD_SIZES = (16, 32, 64, 128, 256)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -354,3 +355,19 @@ def weight_layout(op: str, weight: Tensor, layout: str) -> None:
     _check_codes(op, "weight", weight)
     if weight.dim() != 2:
         _fail(op, "weight must be a matrix", f"{weight.dim()} dimensions", "pass codes (N, K) or packed (N, K/2)")
+
+
+def quantize_weight(weight: Tensor, group_size: int, bits: int, packed: bool, rule: str, rounding: str) -> None:
+    """The rules of quantize_weight, a function as well."""
+    op = "quantize_weight"
+    if weight.dim() != 2:
+        _fail(op, "weight must be a matrix", f"{weight.dim()} dimensions", "pass a weight (N, K)")
+    _check_float(op, weight=weight)
+    _check_group(op, weight.shape[1], group_size)
+    _check_quantizer(op, bits, packed, "absmax", 1.0)
+    if rule not in WEIGHT_RULES:
+        _fail(op, f"rule must be one of {', '.join(WEIGHT_RULES)}", repr(rule), 'use rule="absmax"')
+    if rounding not in ROUNDINGS:
+        _fail(op, f"rounding must be one of {', '.join(ROUNDINGS)}", repr(rounding), 'use rounding="nearest"')
+    if rule == "mse" and bits != 4:
+        _fail(op, 'rule="mse" needs bits=4', f"bits={bits}", 'use rule="absmax", whose 8-bit scales are as good')

@@ -94,14 +94,23 @@ def rotate_quantize(
 ) -> tuple[Tensor, Tensor]:
     """(..., K) -> codes int8 (..., K) or packed uint8 (..., K/2), scale fp32 (...)."""
     rotated, qmax = _rotate(x, group_size), QMAX[bits]
+    scale = row_scale(rotated, qmax, rule, clip)
+    codes = codes_of(rotated, scale, qmax)
+    return (pack_int4(codes) if packed else codes), scale
+
+
+def row_scale(rotated: Tensor, qmax: int, rule: str = "absmax", clip: float = 1.0) -> Tensor:
+    """fp32 (..., K) -> fp32 (...), NaN for rows that are not finite."""
     reach = SCALE_RULES[rule](rotated, qmax)
-    finite = reach.isfinite()
     # a tensor, because on a GPU PyTorch multiplies by the reciprocal of a number
     scale = (reach * clip).div_(torch.full_like(reach, qmax))
-    scale = scale.clamp_min_(SCALE_FLOOR).masked_fill_(~finite, float("nan"))
+    return scale.clamp_min_(SCALE_FLOOR).masked_fill_(~reach.isfinite(), float("nan"))
+
+
+def codes_of(rotated: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """fp32 (..., K), which is overwritten, and fp32 (...) -> int8 (..., K); 0 where the scale is NaN."""
     codes = rotated.div_(scale.unsqueeze(-1)).round_().clamp_(-qmax, qmax).to(torch.int8)
-    codes.mul_(finite.unsqueeze(-1))  # the int8 of a NaN is anything
-    return (pack_int4(codes) if packed else codes), scale
+    return codes.mul_(scale.isfinite().unsqueeze(-1))  # the int8 of a NaN is anything
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import convrot_kernels as kernels
 from convrot_kernels import (
     preferred_codes,
     preferred_layout,
@@ -232,7 +233,8 @@ def _asked(device: torch.device) -> bool:
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """(N, K) fp16, bf16 or fp32 -> codes uint8 (N, K/2) or int8 (N, K), scale fp32 (N,)."""
     bits = scheme.weight_bits
-    codes, scale = rotate_quantize(weight.detach(), scheme.group_size, bits, packed=bits == 4, rule=scheme.weight_rule)
+    rules = {"rule": scheme.weight_rule, "rounding": scheme.weight_rounding}
+    codes, scale = kernels.quantize_weight(weight, scheme.group_size, bits, packed=bits == 4, **rules)
     bad = torch.nonzero(~torch.isfinite(scale))
     if len(bad):
         raise ValueError(

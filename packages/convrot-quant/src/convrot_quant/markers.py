@@ -16,6 +16,7 @@ from convrot_quant.manifest import CheckpointError
 INT4, INT8 = "convrot_w4a4", "int8_tensorwise"
 WRITTEN_GROUPS = (16, 64, 256)  # what ComfyUI's and SGLang's kernels take
 DEFAULT_GROUP = 256
+RULES = ("weight_rule", "weight_rounding", "activation_clip")  # of a scheme
 FULL_PRECISION = "full_precision_matrix_mult"
 
 
@@ -26,8 +27,7 @@ def make_marker(layer: str, scheme: Scheme) -> dict[str, Any]:
         raise ValueError(
             f"{layer!r}: ComfyUI's kernels take groups of 16, 64 or 256, not {scheme.group_size}; {remedy}"
         )
-    plain = Scheme(scheme.weight_bits, scheme.activation_bits, scheme.group_size)
-    if scheme != plain or (scheme.weight_bits, scheme.activation_bits) == (8, 4):
+    if (scheme.weight_bits, scheme.activation_bits) == (8, 4):
         raise ValueError(f"{layer!r}: ComfyUI's formats have no place for {scheme}; {remedy}")
     if scheme.weight_bits == 4:
         marker: dict[str, Any] = {"format": INT4, "convrot_groupsize": scheme.group_size}
@@ -35,6 +35,11 @@ def make_marker(layer: str, scheme: Scheme) -> dict[str, Any]:
             marker["linear_dtype"] = "int8"
     else:
         marker = {"format": INT8, "convrot": True, "convrot_groupsize": scheme.group_size, "per_row": True}
+    # beside ComfyUI's own keys, which it looks up by name: how the scales came about is in the scales, and a clip is
+    # what our quantizer of activations does and theirs does not
+    marker |= {
+        f"convrot_{name}": value for name in RULES if (value := getattr(scheme, name)) != getattr(Scheme(), name)
+    }
     return marker | ({FULL_PRECISION: True} if scheme.activation_bits == 16 else {})
 
 
@@ -56,7 +61,15 @@ def read_marker(path: Path, layer: str, marker: object) -> Scheme:
         raise CheckpointError(f"{path}: {layer!r} has linear_dtype {linear_dtype!r}; it is int4 or int8")
     bits = 8 if linear_dtype == "int8" else 4
     weight_bits = 4 if name == INT4 else 8
-    return Scheme(weight_bits, 16 if found.get(FULL_PRECISION) is True else bits, group)
+    try:
+        return Scheme(
+            weight_bits,
+            16 if found.get(FULL_PRECISION) is True else bits,
+            group,
+            **{name: found[f"convrot_{name}"] for name in RULES if f"convrot_{name}" in found},
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the marker of {layer!r} does not fit: {error}") from None
 
 
 def _refuse_format(path: Path, layer: str, name: object, rotated: bool) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from convrot_quant.config import Scheme
 
 # A modulation linear turns the timestep embedding into scales, shifts and gates: one row per image. It is 27 % of
 # FLUX.1-dev's parameters and 0.01 % of its work, and the most sensitive layer of all to 4-bit activations.
 MODULATION_GLOBS = ("*.norm*.linear", "*.norm*.linear_?", "*_mod.*", "*adaLN*", "*modulation*")
+
+GELU_CLIP = 0.8  # what a GELU makes has a heavier tail than other rows: less of it is clipped (docs/quality.md)
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Preset:
     about: str
     scheme: str
     modulation: str
-    overrides: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, str | Scheme] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
 
 
@@ -26,23 +30,24 @@ PRESETS: Mapping[str, Preset] = {
         about="block linears W4A4; modulation W4A16, which costs no time (one row an image) and keeps the image",
         scheme="W4A4",
         modulation="W4A16",
+        overrides={"*.net.2": replace(Scheme.parse("W4A4"), activation_clip=GELU_CLIP)},
     ),
     "paper": Preset(
         about="the paper's W4A4 model: every block linear, modulation included (its 5.6 GiB of FLUX.1-dev)",
-        scheme="W4A4",
-        modulation="W4A4",
+        scheme="W4A4-absmax",
+        modulation="W4A4-absmax",
     ),
     "paper-mixed": Preset(
         about="the paper's mixed model: about 20 % of the layers W8A8, the last blocks' output layers in 16 bits",
-        scheme="W4A4",
-        modulation="W4A4",
+        scheme="W4A4-absmax",
+        modulation="W4A4-absmax",
         overrides={
-            "transformer_blocks.*.attn.to_out.0": "W8A8",
-            "single_transformer_blocks.*.attn.to_v": "W8A8",
+            "transformer_blocks.*.attn.to_out.0": "W8A8-absmax",
+            "single_transformer_blocks.*.attn.to_v": "W8A8-absmax",
             # A hypothesis: the paper's list above is 11.5 % of the layers and 6.05 GiB, but it reports about 20 % and
             # 7.0 GiB. With the modulation of the double blocks at 8 bits both figures fit (19.8 %, 7.05 GiB).
-            "transformer_blocks.*.norm1.linear": "W8A8",
-            "transformer_blocks.*.norm1_context.linear": "W8A8",
+            "transformer_blocks.*.norm1.linear": "W8A8-absmax",
+            "transformer_blocks.*.norm1_context.linear": "W8A8-absmax",
         },
         # The paper names 37.proj_out, 18.ff.net.2 and 18.ff_context.net.2: FLUX.1-dev's last single and double blocks.
         keep=(

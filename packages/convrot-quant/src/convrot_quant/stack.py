@@ -60,7 +60,8 @@ class Stack:
     def parts(self, members: Sequence[ConvLinear4bit]) -> tuple[Part, ...]:
         """The members, neighbours of one scheme joined."""
         if torch.compiler.is_compiling():  # addresses cannot be traced; a block that is offloaded is told by its device
-            moved = bool(self._parts) and self._parts[0].weight.device != members[0].weight.device
+            # not bool(), which torch 2.11 cannot trace on a tuple
+            moved = len(self._parts) > 0 and self._parts[0].weight.device != members[0].weight.device
         else:
             moved = self._addresses != _addresses(members)
             if moved:

@@ -35,8 +35,8 @@ from convrot_kernels import (
 from convrot_kernels.checks import HEAD_SIZES
 from convrot_quant.config import Scheme
 from convrot_quant.families.blocks import FusedBlock, Opened, modulations, opened
-from convrot_quant.linear import ConvLinear4bit, Side, quantizer_options
-from convrot_quant.lora import add_sides, modulated, side_of
+from convrot_quant.linear import ConvLinear4bit, quantizer_options
+from convrot_quant.lora import add_sides, modulated, with_sides
 from convrot_quant.stack import Operand, Stack
 
 EPS = 1e-6  # of the blocks' LayerNorms; checked in `fits`
@@ -67,24 +67,16 @@ def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Callable[[Scheme], Op
     return lambda scheme: rotate_quantize_modulate(x, scale, shift, EPS, **quantizer_options(scheme, x.device))
 
 
-def _gated(
-    layer: ConvLinear4bit, codes: Operand, gate: Tensor, residual: Tensor, beside: Tensor | None = None
-) -> Tensor:
-    """residual + gate * (layer(codes) + beside), `beside` being what adapters add."""
+def _gated(layer: ConvLinear4bit, codes: Operand, gate: Tensor, residual: Tensor) -> Tensor:
+    """residual + gate * layer(codes)."""
     a, a_scale = codes
-    out = scaled_mm_gate_residual(
+    return scaled_mm_gate_residual(
         a, layer.weight, a_scale, layer.weight_scale, layer.bias, gate, residual, b_layout=layer.weight_layout
     )
-    return out if beside is None else torch.addcmul(out, gate.unsqueeze(1), beside)
 
 
 def _joined_gelu(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat((x, F.gelu(y, approximate="tanh")), dim=-1)
-
-
-def _beside(sides: Sequence[Side], x: Callable[[], Tensor]) -> Tensor | None:
-    """What adapters add to a product of x, or None without one."""
-    return side_of(value := x(), sides, value.dtype) if sides else None
 
 
 def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,9 +146,9 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         del projection  # what is not needed any more makes room: the peak of a step is here
         out = last.bases[0]
         codes = rotate_quantize_cat_gelu(attended, hidden, **quantizer_options(out.scheme, x.device))
-        beside = _beside(last.sides[0], partial(_joined_gelu, attended, hidden))
+        x = with_sides(x, gate, partial(_joined_gelu, attended, hidden), last.sides[0])
         del attended, hidden
-        x = _clipped(_gated(out, codes, gate, x, beside))
+        x = _clipped(_gated(out, codes, gate, x))
         text = encoder_hidden_states.shape[1]
         return x[:, :text], x[:, text:]
 
@@ -246,11 +238,12 @@ def _after_attention(x: Tensor, attended: Tensor, layers: Any, vectors: Sequence
     (out, up, down), (out_sides, up_sides, down_sides) = layers
     _, _, gate, ff_shift, ff_scale, ff_gate = vectors
     codes = rotate_quantize(attended, **quantizer_options(out.scheme, x.device))
-    x = _gated(out, codes, gate, x, _beside(out_sides, lambda: attended))
+    x = _gated(out, codes, gate, with_sides(x, gate, lambda: attended, out_sides))
     hidden = up.multiply(*_modulated(x, ff_scale, ff_shift)(up.scheme), x.dtype)
     hidden = add_sides(hidden, lambda: modulated(x, ff_scale, ff_shift, EPS), [(up.out_features, up_sides)])
     codes = rotate_quantize_gelu(hidden, **quantizer_options(down.scheme, x.device))
-    return _gated(down, codes, ff_gate, x, _beside(down_sides, lambda: F.gelu(hidden, approximate="tanh")))
+    x = with_sides(x, ff_gate, lambda: F.gelu(hidden, approximate="tanh"), down_sides)
+    return _gated(down, codes, ff_gate, x)
 
 
 for _block in (FluxSingleTransformerBlock, FluxTransformerBlock):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from convrot_kernels import quantize_weight, rotate, rotate_quantize, unpack_int4
+from convrot_kernels import quantize_weight, rotate_quantize, unpack_int4
+from convrot_kernels.reference import rotate
 from convrot_kernels.testing import assert_codes_close, assert_equal
 from convrot_kernels.weights import mse_scale
 

@@ -114,7 +114,7 @@ def test_a_full_name_lifts_taste_but_not_what_cannot_run(flux_dev: nn.Module) ->
     assert decided.reasons["context_embedder"] == "text embedder"  # the wildcard came last and lifts nothing
     decided = plan(flux_dev, QuantConfig(overrides={"*": w8a8, "context_embedder": w8a8, "x_embedder": w8a8}))
     assert decided["context_embedder"] == w8a8
-    assert decided["x_embedder"] == Scheme(8, 8, 64)
+    assert decided["x_embedder"] == replace(w8a8, group_size=64)
     assert "proj_out" in decided.reasons
 
 

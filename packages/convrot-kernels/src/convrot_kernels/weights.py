@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from convrot_kernels import checks, reference
-from convrot_kernels.ops import rotate, rotate_quantize
+from convrot_kernels.ops import rotate_quantize
 
 COARSE = (-4.0, 0.2, 64)  # octaves around absmax / qmax, and how many scales between them: 4.7 % apart
 FINE = (-0.15, 0.15, 64)  # around the best of those: 0.3 % apart
@@ -50,7 +50,7 @@ def quantize_weight(
 
 def _quantized(rows: Tensor, group_size: int, bits: int, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
     qmax = reference.QMAX[bits]
-    rotated = rotate(rows.float(), group_size)
+    rotated = reference.rotate(rows.float(), group_size)  # the same codes on every device and backend
     scale = mse_scale(rotated, qmax) if rule == "mse" else reference.row_scale(rotated, qmax)
     if rounding == "balanced":
         return balanced_codes(rotated, scale, group_size, qmax), scale

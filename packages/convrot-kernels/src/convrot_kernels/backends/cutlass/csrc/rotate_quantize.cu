@@ -326,7 +326,10 @@ struct Row {
     } else {
       if constexpr (!kPrecise) {
         if (!kClamp) return __float_as_uint(fmaf(v, step.inverse, kRoundHalfEven));
-        return __float_as_uint(fminf(fmaxf(v * step.inverse, -p.qmax), p.qmax) + kRoundHalfEven);
+        // where in -qmax .. qmax: saturation to 0 .. 1 is free, a minimum and a maximum are not
+        float share;
+        asm("fma.rn.sat.f32 %0, %1, %2, 0f3F000000;" : "=f"(share) : "f"(v), "f"(step.inverse * (0.5f * p.inverse_qmax)));
+        return __float_as_uint(fmaf(share, 2.f * p.qmax, kRoundHalfEven - p.qmax));
       }
       // fine codes and small groups of 16-bit values meet ties, which a reciprocal alone misses: v / size (Markstein)
       float quotient = v * step.inverse;

@@ -34,8 +34,25 @@ CASES = {
     "families": FAMILY_CASES,
     "pipeline": {"flux_pipeline_2", "flux_pipeline_3"},
     "breakdown": {f"breakdown/{side}_{mode}" for side in ("bf16", "ours") for mode in ("eager", "compiled")},
-    "loading": {"flux_quantize_load", "flux_load"},
+    "loading": {"flux_quantize_load", "flux_load", "flux_checkpoint"},
     "lora": {"lora_rank16"},
+    "parallel": {
+        f"flux_{case}"
+        for case in (
+            "ulysses_eager",
+            "ulysses",
+            "ulysses_efficiency",
+            "replicas",
+            "replicas_efficiency",
+        )
+    },
+    "conversion": {
+        "flux_convert",
+        "flux_convert_host_peak",
+        "flux_convert_cold",
+        "flux_convert_2_cores",
+        "flux_convert_after_kill",
+    },
 }
 
 
@@ -88,7 +105,8 @@ def test_every_table_runs_end_to_end_on_a_toy(tmp_path, no_peer, monkeypatch, ta
             assert r["p10"] <= r["ours"] <= r["p90"]
             assert r["runs"] >= 1
         if "error" not in r:
-            assert r["ratio"] == pytest.approx(r["baseline"] / r["ours"])
+            ratio = r["baseline"] / r["ours"]
+            assert r["ratio"] == pytest.approx(1 / ratio if r["unit"] == "share" else ratio)
     if table == "breakdown":
         check_breakdown(rows)
     if table == "step":
@@ -447,7 +465,9 @@ def test_selection():
     assert (scale.sizes, scale.batches, scale.peers) == ((2048,), (1,), ("torchao_fp8",))
     assert select("cuda", tiny=False) == REAL
     labels = [job.label for job in plan(REAL, [])]
-    assert labels == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image", "pipeline", "breakdown", "loading", "lora"]
+    assert labels[:5] == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image"]
+    assert labels[5:10] == ["pipeline", "breakdown", "loading", "lora", "conversion"]
+    assert labels[10:] == ["parallel"] * (torch.cuda.device_count() > 1)
     assert [job.label for job in plan(REAL, ["breakdown", "step"])] == ["step", "breakdown"]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from convrot_quant import CheckpointError, load_and_quantize, load_quantized, save_quantized
 from convrot_quant.manifest import INDEX, WEIGHTS, read_manifest
+from convrot_quant.pipeline import open_folder, quantize_folder
 from convrot_quant.streaming import quantize_to
 
 MEASURED = """
@@ -93,3 +94,19 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         peaks.append(int(done.stdout.split()[0]))
     grown = sum(path.stat().st_size for path in (tmp_path / "out10").glob("*.safetensors"))
     assert peaks[1] - peaks[0] < 16 * 2**20 < grown / 3
+
+
+def test_the_card_names_what_the_files_were_made_from_and_how_to_load_them(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "FLUX.1-dev-4bit"
+    base = "black-forest-labs/FLUX.1-dev"
+    (tmp_path / "source").mkdir()
+    source = shutil.copytree(pipeline_folder, tmp_path / "source", dirs_exist_ok=True)
+    (source / "README.md").write_text("of the base model")
+    quantize_folder(open_folder(source), out, "paper", base_model=base, progress=False)  # type: ignore[arg-type]
+    card = (out / "transformer" / "README.md").read_text()
+    assert f"base_model: {base}\n" in card
+    assert 'FluxTransformer2DModel.from_pretrained("FLUX.1-dev-4bit/transformer", dtype=torch.bfloat16)' in card
+    assert "Merged into the weights" not in card
+    assert (out / "README.md").read_text() == "of the base model"

@@ -12,8 +12,14 @@ from rich.console import Console
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
 console = Console(stderr=True, highlight=False)
 
+PAGE = Path("docs/report.html")
 MODEL_OUT, TINY_OUT = Path("docs/results/model.jsonl"), Path("outputs/model_tiny.jsonl")
-TABLES = "step, sizes, peers, families, pipeline, breakdown, loading or lora"
+TABLES = "step, sizes, peers, families, pipeline, breakdown, loading, lora, conversion or parallel"
+CASES = (
+    "gemm_w4a4, linear_w4a4, linear_w4a4_vs_comfy_kitchen, gemm_step, gemv_w4a16, rotate_quantize, "
+    "rotate_quantize_triton, host_cost, weight_bits; by name only: survey, breakdown, rotations, peers"
+)
+FAMILIES = "FLUX.1-dev, SD3.5-large, Qwen-Image, Wan2.2-T2V-A14B, Z-Image-Turbo or mini-flux"
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
 
 
@@ -26,7 +32,8 @@ def _device(name: str) -> str:
 @app.command()
 def ops(
     out: Annotated[Path, typer.Option(help="JSON lines are appended to this file")] = Path("docs/results/ops.jsonl"),
-    case: Annotated[list[str] | None, typer.Option(help="only these (repeat); default: all")] = None,
+    case: Annotated[list[str] | None, typer.Option(help=f"{CASES} (repeat); default: those of the bars")] = None,
+    family: Annotated[list[str] | None, typer.Option(help=f"{FAMILIES}, of the survey (repeat); default: all")] = None,
     shapes: Annotated[Literal["flux", "mini-flux"], typer.Option(help="whose linears")] = "flux",
     device: Device = "auto",
     repeats: Annotated[int, typer.Option(help="timed calls a case on a CPU; the median counts", min=1)] = 50,
@@ -34,14 +41,21 @@ def ops(
     """Time the ops of every backend that runs here, after checking each against the reference.
 
     Five minutes on a GPU: sustained, as CUDA graphs, each against its 16-bit counterpart in the same process.
+    survey, breakdown, rotations and peers are asked for by name: every op at the shapes of five models, what its
+    steps cost by themselves, and other projects; each a minute or two.
 
     Example:  convrot-bench ops --case gemm_w4a4 --case gemm_step --out outputs/ops.jsonl
+
+    Example:  convrot-bench ops --case survey --family Qwen-Image --out outputs/ops.jsonl
+
+    Example:  convrot-bench ops --case survey --device cpu --out outputs/ops.jsonl
     """
     from rich.progress import track
 
     from convrot_bench import shapes as data
     from convrot_bench.bench import run
     from convrot_bench.ops import plan, prepare, select
+    from convrot_bench.ops.survey import families_of
     from convrot_bench.results import Writer
 
     sizes = {
@@ -51,7 +65,7 @@ def ops(
     where = _device(device)
     cases = select(case or [], where)
     bench = prepare(where, console.print)
-    jobs = plan(bench, cases, sizes[shapes], repeats)
+    jobs = plan(bench, cases, sizes[shapes], repeats, families_of(family or [], real=where != "cpu"))
     bar = partial(track, description="ops", console=console, disable=not console.is_terminal, transient=True)
     run(Writer(out, "ops"), bench, jobs, bar)
 
@@ -96,27 +110,49 @@ def model(
 
 @app.command()
 def quality(
-    model: Annotated[Path, typer.Argument(help="mini-flux pipeline folder", exists=True, file_okay=False)],
-    judge: Annotated[Path, typer.Option(help="the judge's file", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="JSON lines are appended to this file")] = Path(
-        "docs/results/quality.jsonl"
-    ),
-    captions: Annotated[int, typer.Option(help="held-out captions", min=2)] = 500,
-    steps: Annotated[int, typer.Option(help="sampling steps", min=1)] = 20,
+    model: Annotated[str, typer.Argument(help="pipeline folder or hub id; `synthetic` for generated layers alone")],
+    judge: Annotated[Path | None, typer.Option(help="mini-flux's judge: its captions", exists=True)] = None,
+    prompts: Annotated[Path | None, typer.Option(help="one a line, or MJHQ's meta_data.json", exists=True)] = None,
+    calibration: Annotated[Path | None, typer.Option(help="other prompts, to calibrate on", exists=True)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines are appended; default: docs/results/quality.jsonl")
+    ] = None,
+    captions: Annotated[int | None, typer.Option(help="how many; default: 500, or the whole file", min=2)] = None,
+    split: Annotated[Literal["report", "tuning"], typer.Option(help="constants are chosen on tuning")] = "report",
+    steps: Annotated[list[int] | None, typer.Option(help="sampling steps (repeat); default: 20", min=1)] = None,
     method: Annotated[list[str] | None, typer.Option(help="only these (repeat); default: all")] = None,
     batch: Annotated[int, typer.Option(help="pictures at a time", min=1)] = 20,
     device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="of the first of --prompts")] = 0,
+    height: Annotated[int | None, typer.Option(help="pixels; default: the model's")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels; default: the model's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="default: the pipeline's")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="folder of drawn pictures; a later run goes on there")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="write the first pictures of every method here (PNG)")] = None,
+    reference_images: Annotated[Path | None, typer.Option(help="FID against these; default: against BF16")] = None,
+    lpips_weights: Annotated[Path | None, typer.Option(help="torchvision's file of AlexNet's weights")] = None,
+    clip_model: Annotated[str | None, typer.Option(help="folder or hub id of the CLIP score's model")] = None,
 ) -> None:
-    """Draw held-out captions in 16 bits and under every method; caption accuracy, PSNR, SSIM, per-layer error.
+    """Draw prompts in 16 bits and under every method: errors of layers and of pictures, and what a judge reads.
 
-    Example:  convrot-bench quality apps/mini-flux/weights --judge apps/mini-flux/judge.safetensors --captions 100
+    Goes on where it was stopped, and under torchrun shares the prompts among GPUs.
+
+    Example:  convrot-bench quality apps/mini-flux/weights --judge apps/mini-flux/judge.safetensors --steps 8 --steps 20
+
+    Example:  convrot-bench quality synthetic
+
+    Example:  torchrun --nproc-per-node 8 -m convrot_bench.cli quality black-forest-labs/FLUX.1-dev --prompts mjhq.json
     """
-    from convrot_bench.quality.suite import Suite, run, select
-    from convrot_bench.results import Writer
+    from convrot_bench.quality.command import Options, measure
+    from convrot_bench.quality.networks import CLIP_MODEL, Networks
 
-    methods = select(method or [])
-    suite = Suite(model, judge, captions, steps, _device(device), batch)
-    run(suite, Writer(out, "quality"), methods, console.print)
+    say = partial(console.print, markup=False)
+    networks = Networks(lpips_weights, clip_model or CLIP_MODEL, reference_images)
+    drawing = {"height": height, "width": width, "guidance": guidance}
+    many = {"steps": tuple(steps or (20,)), "methods": tuple(method or ())}
+    plain = {"captions": captions, "split": split, "batch": batch, "device": device, "seed": seed}
+    files = {"judge": judge, "prompts": prompts, "calibration": calibration, "pictures": pictures, "sheet": sheet}
+    measure(Options(model, out, networks=networks, drawing=drawing, **files, **plain, **many), say)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -126,21 +162,56 @@ def report(
         "docs/results"
     ),
     images: Annotated[Path, typer.Option(help="folder of pictures", file_okay=False)] = Path("docs/images"),
+    html: Annotated[Path | None, typer.Option(help=f"make this page; alone, nothing else. Default: {PAGE}")] = None,
     check: Annotated[bool, typer.Option(help="change nothing; exit code 1 if a page is out of date")] = False,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="OLD and NEW rows: say what changed")] = None,
+    baseline: Annotated[str | None, typer.Option(help="a commit among the results: say what changed since")] = None,
+    threshold: Annotated[float, typer.Option(help="per cent that count as a regression", min=0)] = 5.0,
+    fail_on_regression: Annotated[bool, typer.Option(help="exit code 1 if there is one")] = False,
 ) -> None:
-    """Fill the tables of README and docs, and draw where a step goes, from the committed results.
+    """Fill the tables of README and docs, draw where a step goes, and make the HTML page, from the committed results.
+
+    With --compare or --baseline nothing of that: what changed is printed, and stands in the page of --html.
 
     Example:  convrot-bench report README.md docs/quality.md
+
+    Example:  convrot-bench report --html outputs/report.html
+
+    Example:  convrot-bench report --compare old.jsonl new.jsonl --fail-on-regression
+
+    Example:  convrot-bench report --baseline 941a5a3760f2 --html outputs/changes.html
     """
+    from convrot_bench import html as page
     from convrot_bench.breakdown_plot import draw
+    from convrot_bench.compare import changes_table, compare_commits, compare_files
+    from convrot_bench.quality.images import draw as draw_quality
     from convrot_bench.report import update
     from convrot_bench.results import load
+    from convrot_bench.sections import SECTIONS
 
-    targets = pages or [Path("README.md"), Path("packages/convrot-quant/README.md"), *sorted(Path("docs").glob("*.md"))]
     files = sorted(results.glob("*.jsonl"))
-    changed = update(files, targets, check=check) + draw(load(files), images, check=check)
-    for page in changed:
-        console.print(f"{page}: {'out of date, run convrot-bench report' if check else 'made new'}")
+    if compare and baseline:
+        raise ValueError("report: --compare names two files, --baseline a commit among the results; give one of them")
+    if compare or baseline:
+        found = (
+            compare_files(*compare, threshold) if compare else compare_commits(load(files), baseline or "", threshold)
+        )
+        typer.echo(changes_table(found))
+        if html:
+            source = page.gather(html, [compare[1]] if compare else files, images=None, changes=found)
+            page.update(html, source, SECTIONS, check=False)
+        if found.regressions and fail_on_regression:
+            raise typer.Exit(1)
+        return
+    changed: list[Path] = []
+    if pages or not html:
+        everywhere = [Path("README.md"), Path("packages/convrot-quant/README.md"), *sorted(Path("docs").glob("*.md"))]
+        changed += update(files, pages or everywhere, check=check)
+        changed += draw(load(files), images, check=check) + draw_quality(load(files), images, check=check)
+    if target := html or (None if pages else PAGE):
+        changed += page.update(target, page.gather(target, files, images=images), SECTIONS, check=check)
+    for made in changed:
+        console.print(f"{made}: {'out of date, run convrot-bench report' if check else 'made new'}")
     if check and changed:
         raise typer.Exit(1)
 
@@ -152,3 +223,7 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         console.print(f"convrot-bench: {error}", style="red")
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from convrot_quant.graphs import cuda_graphs_
 from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.patch import apply, dequantize_, plan, quantize_
+from convrot_quant.planner import plan_within
 from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.streaming import load_and_quantize
 
@@ -28,6 +29,7 @@ __all__ = [
     "load_comfy",
     "load_quantized",
     "plan",
+    "plan_within",
     "quantize_",
     "save_comfy",
     "save_quantized",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from convrot_quant.folders import replace_folder
 from convrot_quant.fuse import fuse_
 from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
+from convrot_quant.lora_files import merged, noted
 from convrot_quant.manifest import (
     FORMAT_VERSION,
     INDEX,
@@ -30,6 +30,7 @@ from convrot_quant.manifest import (
     WEIGHTS,
     CheckpointError,
     Manifest,
+    read_config,
     read_manifest,
     refuse_names,
 )
@@ -38,19 +39,7 @@ from convrot_quant.plans import Plan
 from convrot_quant.rules import linears
 from convrot_quant.skeleton import empty_model, keeps_fp32
 from convrot_quant.tensorfile import DTYPES
-
-PACKAGES = ("convrot-quant", "convrot-kernels", "torch", "diffusers")
-
-
-def versions() -> dict[str, str]:
-    """{package: version} of what a checkpoint was written with."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+from convrot_quant.versions import versions
 
 
 def save_quantized(
@@ -146,6 +135,7 @@ def load_quantized(
             for name in names:
                 tensor = file.get_tensor(name)
                 state[name] = tensor.view(torch.uint8) if name in packed else tensor
+    model.convrot_loras = noted(read_config(manifest.folder).get(MARK_KEY))  # type: ignore[assignment]  # a list, no Module
     return assign(model, manifest.plan, state, device=device, dtype=dtype, fuse=fuse)
 
 
@@ -247,10 +237,13 @@ def _fitting_dtypes(name: str, tensor: Tensor, manifest: Manifest) -> tuple[str,
 
 
 def write_config(model: nn.Module, folder: Path) -> None:
-    """diffusers' config.json plus the mark by which from_pretrained knows the folder, and refuses it without us."""
+    """diffusers' config.json plus the mark by which from_pretrained knows the folder, and refuses it without us.
+
+    The mark also says which LoRA files were merged into the weights.
+    """
     model.save_config(folder)  # type: ignore[operator]
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {MARK_KEY: MARK}
+    config = json.loads(path.read_text(encoding="utf-8")) | {MARK_KEY: MARK | merged(model)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ ACTIVATION_RULES = ("absmax",)
 # What a scheme's short name stands for beside its bits: what measured best on synthetic layers of FLUX's statistics and
 # on mini-flux (docs/quality.md). At 4 bits a row loses more by coarse steps than by its clipped tail, at 8 bits not.
 RECOMMENDED: Mapping[tuple[int, int], Mapping[str, Any]] = {
-    (4, 4): {"weight_rule": "mse", "weight_rounding": "balanced", "activation_clip": 0.75},
+    (4, 4): {"weight_rule": "mse", "weight_rounding": "balanced", "activation_clip": 0.725},
     (4, 8): {"weight_rule": "mse", "weight_rounding": "balanced"},
     (4, 16): {"weight_rule": "mse", "weight_rounding": "balanced"},
     (8, 8): {"weight_rounding": "balanced"},

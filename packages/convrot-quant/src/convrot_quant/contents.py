@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convrot_quant.checkpoint import build_quantized, check_saveable, check_tensors, metadata_of, versions, write_config
+from convrot_quant.checkpoint import build_quantized, check_saveable, check_tensors, metadata_of, write_config
 from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
 from convrot_quant.manifest import INDEX, WEIGHTS, CheckpointError, Manifest, TensorHeader, read_manifest
@@ -22,6 +22,7 @@ from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.rules import linears
 from convrot_quant.skeleton import empty_model
 from convrot_quant.tensorfile import DTYPES, NAMES, Stored, in_memory, read_tensors, write_tensors
+from convrot_quant.versions import versions
 
 _COMPUTE = tuple(NAMES[dtype] for dtype in COMPUTE_DTYPES)
 

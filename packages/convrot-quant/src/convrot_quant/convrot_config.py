@@ -22,7 +22,7 @@ from convrot_quant.linear import COMPUTE_DTYPES
 from convrot_quant.manifest import FORMAT_VERSION, CheckpointError
 
 METHOD = "convrot"
-_NOTED = ("dtype", "base_model")  # what a saved config.json adds
+_NOTED = ("dtype", "base_model", "loras")  # what a saved config.json adds
 
 
 class ConvRotMethod(str, enum.Enum):
@@ -55,6 +55,7 @@ class ConvRotConfig:
         self.quantization_device = None if quantization_device is None else str(torch.device(quantization_device))
         self.dtype: str | None = None
         self.base_model: str | None = None
+        self.loras: list[dict[str, Any]] | None = None  # the files that `convrot quantize --lora` merged
         self.resolve("ours")  # so that an unknown preset is refused here
 
     def resolve(self, default: str) -> QuantConfig:
@@ -95,10 +96,11 @@ class ConvRotConfig:
                 f"ConvRotConfig: format_version must be 1 to {FORMAT_VERSION}, got {version!r}; upgrade convrot-quant"
             )
         unknown = values.keys() - {"config", "modules_to_not_convert", "quantization_device"}
-        if unknown or not all(value is None or isinstance(value, str) for value in noted.values()):
+        kinds = {key: list if key == "loras" else str for key in _NOTED}
+        if unknown or not all(value is None or isinstance(value, kinds[key]) for key, value in noted.items()):
             raise CheckpointError(f"ConvRotConfig: unknown or malformed keys in {dict(config_dict)!r}")
         made = cls(**values)
-        made.dtype, made.base_model = noted["dtype"], noted["base_model"]
+        made.dtype, made.base_model, made.loras = (noted[key] for key in _NOTED)
         return (made, kwargs) if return_unused_kwargs else made
 
     def pick_dtype(self, asked: torch.dtype | None) -> torch.dtype:

@@ -144,6 +144,7 @@ class ConvRotQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         assert self.plan is not None, "made before loading"
         finish(model, self.plan, self.dtype)
+        model.convrot_loras = self.quantization_config.loras  # type: ignore[assignment]  # a list, not a Module
         # from_single_file leaves both out, and a config.json without them would not be read back
         noted = {"quantization_config": self.quantization_config, "_pre_quantization_dtype": self.dtype}
         model.register_to_config(**noted)  # type: ignore[operator]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from convrot_quant.config import Scheme
 from convrot_quant.lora import register
 
 # where diffusers defines a family's blocks -> our file, whose classes bear the names of those that they replace
@@ -20,7 +22,7 @@ def fuse_(model: nn.Module) -> int:
     adapter, a hook or a layer that is not quantized: fusing never changes what is computed beyond fewer roundings.
     """
     register()  # adapters are to find the layers that this model has now
-    blocks = [(block, fused) for block in model.modules() if (fused := _fused(type(block))) and fused.fits(block)]
+    blocks = [(block, fused) for _, block, fused in _fusible(model) if not is_fused(block)]
     for block, fused in blocks:
         block.__class__ = fused
         block.prepare()  # type: ignore[operator]
@@ -32,6 +34,36 @@ def unfuse_(model: nn.Module) -> None:
     for block in model.modules():
         if is_fused(block):
             block.__class__ = type(block).__bases__[-1]
+
+
+def stacked_layers(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names of the layers that a fused block multiplies as one, since they read one input; fused already or not yet."""
+    names = {module: name for name, module in model.named_modules()}
+    stacks = (members for _, block, fused in _fusible(model) for members in fused.stacked(block).values())
+    return [tuple(names[member] for member in members) for members in stacks]
+
+
+def unfused_blocks(model: nn.Module, plan: Mapping[str, Scheme]) -> list[str]:
+    """Names of the blocks that a plan takes the fused forward from: a layer in 16 bits, or its activations.
+
+    Only modulation layers may be anything, for they are multiplied apart.
+    """
+    found = []
+    for name, block, fused in _fusible(model):
+        apart = fused.stacked(block).get("modulation", ())
+        layers = [n for n, module in block.named_modules() if isinstance(module, nn.Linear) and module not in apart]
+        schemes = [plan.get(f"{name}.{layer}") for layer in layers]
+        if any(scheme is None or scheme.activation_bits == 16 for scheme in schemes):
+            found.append(name)
+    return found
+
+
+def _fusible(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(name, block, its fused class) of each block that fuse_ fuses, or has fused."""
+    for name, block in model.named_modules():
+        fused: Any = type(block) if is_fused(block) else _fused(type(block))
+        if fused is not None and fused.fits(block):
+            yield name, block, fused
 
 
 def is_fused(block: nn.Module) -> bool:

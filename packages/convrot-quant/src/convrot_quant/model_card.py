@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convrot_quant.checkpoint import versions
 from convrot_quant.patch import plan_of
 from convrot_quant.plans import COLUMNS, Plan, size_text
+from convrot_quant.versions import versions
 
 MADE_BY = "<!-- written by convrot-quant; without this line the file is yours and stays as it is -->"
+
+# of the card that diffusers makes for a model that is pushed without one
+DIFFUSERS_CARD = "has been automatically generated"
 
 _BODY = """# {name}, quantized by ConvRot
 
@@ -21,10 +25,10 @@ import torch
 import convrot_quant  # registers the format; pip install convrot-quant
 from {library} import {name}
 
-model = {name}.from_pretrained("{folder}", dtype=torch.{dtype})
+model = {name}.from_pretrained("{folder}"{subfolder}, dtype=torch.{dtype})
 ```
 
-{summary}
+{loras}{summary}
 
 ## Layers
 
@@ -36,15 +40,22 @@ Made with {made_with}. The licence of the base model applies.
 """
 
 
-def write_model_card(folder: str | Path, model: Any, base_model: str | None) -> None:
-    """Write README.md, unless there is one that somebody else wrote."""
+def write_model_card(
+    folder: str | Path, model: Any, base_model: str | None, *, named: str | None = None, subfolder: str | None = None
+) -> None:
+    """Write README.md, unless there is one that somebody else wrote. `named`: what from_pretrained is to be given."""
     path = Path(folder) / "README.md"
-    if path.exists() and not path.read_text(encoding="utf-8").rstrip().endswith(MADE_BY):
+    if path.exists() and not _is_generated(path.read_text(encoding="utf-8")):
         return
-    path.write_text(model_card(model, base_model, Path(folder).name), encoding="utf-8")
+    path.write_text(model_card(model, base_model, named or Path(folder).name, subfolder), encoding="utf-8")
 
 
-def model_card(model: Any, base_model: str | None, folder: str) -> str:
+def _is_generated(text: str) -> bool:
+    """Ours, or what diffusers writes for the hub where there was no card, which says nothing of the model."""
+    return text.rstrip().endswith(MADE_BY) or DIFFUSERS_CARD in text
+
+
+def model_card(model: Any, base_model: str | None, folder: str, subfolder: str | None = None) -> str:
     """The text: YAML that the hub reads, then Markdown."""
     from huggingface_hub import ModelCardData
 
@@ -64,6 +75,8 @@ def model_card(model: Any, base_model: str | None, folder: str) -> str:
         intro=_intro(decided, str(source), schemes),
         library=_library(model),
         folder=folder,
+        subfolder=f', subfolder="{subfolder}"' if subfolder else "",
+        loras=_loras(model),
         dtype=str(model.dtype).removeprefix("torch."),
         summary=_table(("", "layers", "before", "after"), _summary(decided)),
         layers=_table(COLUMNS, decided.rows()),
@@ -81,6 +94,13 @@ def _intro(decided: Plan, source: str, schemes: list[str]) -> str:
     )
 
 
+def _loras(model: Any) -> str:
+    """The LoRA files that were merged into the 16-bit weights before they were quantized."""
+    loras = getattr(model, "convrot_loras", None) or ()
+    rows = [(str(lora.get("file")), str(lora.get("scale")), str(lora.get("sha256"))) for lora in loras]
+    return f"Merged into the weights:\n\n{_table(('LoRA', 'scale', 'SHA-256'), rows)}\n\n" if rows else ""
+
+
 def _summary(decided: Plan) -> list[tuple[str, ...]]:
     return [
         (name, str(count or ""), size_text(before), size_text(after))
@@ -88,7 +108,7 @@ def _summary(decided: Plan) -> list[tuple[str, ...]]:
     ]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from convrot_kernels import preferred_layout
-from convrot_quant.checkpoint import versions
 from convrot_quant.config import QuantConfig
 from convrot_quant.fuse import fuse_
 from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
@@ -21,6 +20,7 @@ from convrot_quant.manifest import FORMAT_VERSION, PLAN_KEY, VERSION_KEY, VERSIO
 from convrot_quant.patch import plan
 from convrot_quant.plans import Plan
 from convrot_quant.rules import linears
+from convrot_quant.versions import versions
 
 QUANTIZED_LEAVES = ("weight", "weight_scale")
 

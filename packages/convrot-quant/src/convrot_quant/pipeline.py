@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from convrot_quant.checkpoint import build_quantized, load_quantized
 from convrot_quant.config import QuantConfig
 from convrot_quant.folders import replace_folder
 from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.lora_files import LoraFile
 from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config, read_manifest
 from convrot_quant.plans import Plan
 from convrot_quant.streaming import empty_16bit, load_and_quantize, outline, quantize_to
@@ -198,18 +199,24 @@ def quantize_folder(
     dtype: torch.dtype = torch.bfloat16,
     device: str | None = None,
     max_shard_size: int | str = "5GB",
+    loras: Sequence[LoraFile] = (),
+    base_model: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Plan]:
     """Write a folder like `folder` with its transformers quantized; returns {component: plan}.
 
     A pipeline folder gives a whole pipeline folder, everything else copied; a bare transformer a bare transformer.
+    `loras` are merged into the 16-bit weights first. `base_model`: the hub id that model cards name.
     """
     if folder.is_quantized:
         raise ValueError(f"{folder.root} is already quantized; start from the 16-bit folder")
     source, target = folder.root.resolve(), Path(destination).resolve()
     if source == target or source in target.parents or target in source.parents:
         raise ValueError(f"the destination {destination} must lie outside of the model's own folder {folder.root}")
+    if loras and len(folder.transformers) > 1:
+        names = " and ".join(folder.transformers)
+        raise ValueError(f"{folder.root} has {names}: quantize each of the two folders with its own --lora")
     plans: dict[str, Plan] = {}
     with replace_folder(destination, overwrite=overwrite) as building:
         if folder.is_pipeline:
@@ -223,6 +230,9 @@ def quantize_folder(
                 device=device or "cpu",
                 dtype=dtype,
                 max_shard_size=max_shard_size,
+                loras=loras,
+                base_model=base_model,
+                named="/".join(filter(None, (target.name, name))),
                 progress=progress,
             )
     return plans

@@ -52,14 +52,14 @@ class LayerProbe:
     @torch.no_grad()
     def errors(self, model: nn.Module, names: Iterable[str]) -> dict[str, float]:
         """{layer: |y_quantized - y_16bit| / |y_16bit|} (L2 over the kept rows, fp32) for layers that ran."""
-        found = {}
-        for name in names:
-            if self.inputs[name]:
-                layer = model.get_submodule(name)
-                x, wanted = torch.cat(self.inputs[name]), torch.cat(self.outputs[name]).float()
-                actual = layer(x.to(next(layer.parameters()).device)).float().cpu()
-                found[name] = float((actual - wanted).norm() / wanted.norm().clamp_min(1e-30))
-        return found
+        return {name: self.error(name, model.get_submodule(name)) for name in names if self.inputs[name]}
+
+    @torch.no_grad()
+    def error(self, name: str, layer: nn.Module, columns: slice = slice(None)) -> float:
+        """The same for one layer that ran; `layer` stands in for it, or for these columns of its output."""
+        x, wanted = torch.cat(self.inputs[name]), torch.cat(self.outputs[name])[:, columns].float()
+        actual = layer(x.to(next(layer.parameters()).device)).float().cpu()
+        return float((actual - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ class QuantizedOnLoad:
         hidden = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
         return counted if only_trainable else counted + hidden
 
+    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """push_to_hub ends here, with a card that knows nothing of quantization where the repository has none."""
+        base_model = self.hf_quantizer.quantization_config.base_model  # type: ignore[attr-defined]
+        write_model_card(working_dir, self, base_model, named=repo_id, subfolder=kwargs.get("subfolder"))
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Refused."""
         raise ValueError(

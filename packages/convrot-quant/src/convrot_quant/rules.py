@@ -90,8 +90,8 @@ def _in_8_bits(scheme: Scheme, layer: Linear) -> tuple[Scheme, str]:
     """The scheme, with 8-bit weights and the reason where packed codes would be misread."""
     for glob, reason in EIGHT_BIT.items():
         if scheme.weight_bits == 4 and matches(layer, glob):
-            bits = {"weight_bits": 8, "activation_bits": max(scheme.activation_bits, 8)}
-            return replace(scheme, **bits, weight_rule="absmax", activation_clip=1.0), reason
+            wide = replace(scheme, weight_rule="absmax", activation_clip=1.0)  # before 8 bits, which "mse" is not for
+            return replace(wide, weight_bits=8, activation_bits=max(scheme.activation_bits, 8)), reason
     return scheme, ""
 
 

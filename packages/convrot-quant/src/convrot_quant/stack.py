@@ -107,10 +107,19 @@ def _parts_of(runs: Sequence[list[ConvLinear4bit]]) -> tuple[Part, ...]:
     schemes: list[Scheme] = []
     parts = []
     for run in runs:
-        if run[0].scheme not in schemes:
+        source = _position(schemes, run[0].scheme)
+        if source == len(schemes):
             schemes.append(run[0].scheme)
-        parts.append(_joined(run, schemes.index(run[0].scheme)))
+        parts.append(_joined(run, source))
     return tuple(parts)
+
+
+def _position(schemes: Sequence[Scheme], scheme: Scheme) -> int:
+    """As .index, which torch.compile cannot trace on dataclasses; the end for one that is not there."""
+    for i, known in enumerate(schemes):
+        if known == scheme:
+            return i
+    return len(schemes)
 
 
 def _joined(run: Sequence[ConvLinear4bit], source: int) -> Part:

@@ -2,17 +2,19 @@
 
 The plan is made on the meta device, from shapes alone. Then tensors are read one at a time: at the worst moment there
 are the layers quantized so far, what stays in 16 bits, and one 16-bit weight with what its quantization needs. Writing
-files, only the last of these.
+files, only the last of these. LoRA files are merged into a 16-bit weight when it has been read (lora_files.py).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +25,7 @@ from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.contents import write_shards
 from convrot_quant.fuse import fuse_
 from convrot_quant.linear import ConvLinear4bit, quantize_weight
+from convrot_quant.lora_files import LoraFile, Merge, note
 from convrot_quant.manifest import (
     INDEX,
     MARK_KEY,
@@ -34,6 +37,7 @@ from convrot_quant.manifest import (
     read_index,
     refuse_names,
 )
+from convrot_quant.model_card import write_model_card
 from convrot_quant.patch import plan, plan_of
 from convrot_quant.plans import Plan
 from convrot_quant.rules import cannot_run, linears
@@ -51,30 +55,33 @@ def load_and_quantize(
     device: torch.device | str = "cpu",
     home: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    loras: Sequence[LoraFile] = (),
     progress: bool = True,
 ) -> nn.Module:
     """A transformer folder of diffusers (safetensors, one file or shards) -> its quantized model, bit for bit as if
     it had been loaded in `dtype` and then quantized by quantize_.
 
     `device`: where layers are rotated and quantized. `home`: where the model ends up, if that is not `device`.
+    `loras`: merged into the 16-bit weights, bit for bit as fuse_lora does on that device.
     """
     folder, home = Path(path), device if home is None else home
-    headers = read_headers(folder)
     model = empty_16bit(folder, dtype)
-    _check_tensors(folder, model, headers)
+    source = _Source.open(folder, model, dtype, loras)
     decided = _decide(folder, model, config)
     weights = {f"{name}.weight": name for name in decided}
     for name in model.state_dict():
         if name not in weights:
-            _load(model, name, headers[name], home)
+            _load(model, name, source, home)
     quiet = not progress or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
-    in_files = [weights[name] for name in headers if name in weights]  # in the files' order, which disks read fastest
+    # in the files' order, which disks read fastest
+    in_files = [weights[name] for name in source.headers if name in weights]
     for name in tqdm(in_files, desc="quantize", unit="layer", disable=quiet, leave=False):
-        _load(model, f"{name}.weight", headers[f"{name}.weight"], home)
+        _load(model, f"{name}.weight", source, home)
         _quantize_layer(folder, model, name, decided[name], device)
     model.to(home)  # buffers that are in no file
-    model.register_to_config(_name_or_path=str(folder))  # type: ignore[operator]  # as from_pretrained does
-    return _finish(model, decided)
+    _note(model, folder, decided, source)
+    fuse_(model)
+    return model.eval()
 
 
 def outline(
@@ -99,33 +106,64 @@ def quantize_to(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = "5GB",
+    loras: Sequence[LoraFile] = (),
+    base_model: str | None = None,
+    named: str | None = None,
     progress: bool = True,
 ) -> Plan:
     """A transformer folder of diffusers -> its quantized files in an existing folder; returns the plan.
 
     The files are those of load_and_quantize and save_quantized, but no model is in memory, quantized or not: a tensor
-    is read, quantized on `device` and written before the next.
+    is read, quantized on `device` and written before the next. A model card says what was made of `base_model` (the
+    folder's name by default) and how to load it under the name `named`.
     """
     folder = Path(path)
-    headers = read_headers(folder)
     model = empty_16bit(folder, dtype)
-    _check_tensors(folder, model, headers)
+    source = _Source.open(folder, model, dtype, loras)
     decided = _decide(folder, model, config)
     quantized = outline(folder, decided, dtype=dtype)
-    quantized.register_to_config(_name_or_path=str(folder))  # type: ignore[operator]  # as from_pretrained does
-    quantized.convrot_plan = decided  # type: ignore[assignment]  # a dict, not a Module: its notes are saved
+    _note(quantized, folder, decided, source)
     tensors: dict[str, Stored] = {}
     for name, tensor in quantized.state_dict().items():
-        if name in headers:
-            tensors[name] = _stored(tensor, partial(_value, name, headers[name], tensor.dtype, "cpu"))
+        if name in source.headers:
+            tensors[name] = _stored(tensor, partial(source.value, name, tensor.dtype, "cpu"))
     for name, scheme in decided.items():
         key = f"{name}.weight"
-        layer = _Quantized(folder, name, headers[key], model.state_dict()[key].dtype, scheme, device)
+        layer = _Quantized(source, name, model.state_dict()[key].dtype, scheme, device)
         shapes = quantized.get_submodule(name).state_dict()
         tensors[key] = replace(_stored(shapes["weight"], layer.codes), dtype="I8")
         tensors[f"{name}.weight_scale"] = _stored(shapes["weight_scale"], layer.scale)
     write_shards(quantized, tensors, building, max_shard_size=max_shard_size, verb="quantize", progress=progress)
+    write_model_card(building, quantized, base_model or str(folder), named=named)
     return plan_of(quantized)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A 16-bit folder's tensors, with LoRA files merged into what is read."""
+
+    folder: Path
+    headers: dict[str, TensorHeader]
+    merge: Merge | None
+    notes: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path, model: nn.Module, dtype: torch.dtype, loras: Sequence[LoraFile]) -> _Source:
+        """Headers and LoRA files, checked against the model on the meta device."""
+        headers = read_headers(folder)
+        _check_tensors(folder, model, headers)
+        merge = Merge(empty_16bit(folder, dtype), loras) if loras else None
+        for file, names in (merge.ignored if merge else {}).items():
+            warnings.warn(f"{file}: left out {len(names)} tensors of other models, such as {names[0]!r}", stacklevel=3)
+        return cls(folder, headers, merge, [note(file) for file in loras])
+
+    def value(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A tensor; floating-point values are cast."""
+        # opened for each tensor: the pages of a mapped file count as this process's memory until the mapping ends
+        with safe_open(str(self.headers[name].file), framework="pt", device=str(device)) as file:
+            tensor: Tensor = file.get_tensor(name)
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensor if self.merge is None else self.merge(name, tensor)
 
 
 def _stored(like: Tensor, make: Callable[[], Tensor]) -> Stored:
@@ -136,9 +174,8 @@ def _stored(like: Tensor, make: Callable[[], Tensor]) -> Stored:
 class _Quantized:
     """A layer's codes and scale, made when the first of them is written; the scale waits for its turn."""
 
-    folder: Path
+    source: _Source
     name: str
-    header: TensorHeader
     dtype: torch.dtype
     scheme: Scheme
     device: torch.device | str
@@ -146,11 +183,11 @@ class _Quantized:
 
     def codes(self) -> Tensor:
         """uint8 (N, K/2) or int8 (N, K), on the CPU."""
-        weight = _value(f"{self.name}.weight", self.header, self.dtype, self.device)
+        weight = self.source.value(f"{self.name}.weight", self.dtype, self.device)
         try:
             codes, scale = quantize_weight(weight, self.scheme)
         except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {self.name!r} cannot be quantized: {error}") from None
+            raise CheckpointError(f"{self.source.folder}: {self.name!r} cannot be quantized: {error}") from None
         self.waiting = scale.cpu()
         return codes.cpu()
 
@@ -231,22 +268,14 @@ def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) ->
     return decided
 
 
-def _load(model: nn.Module, name: str, header: TensorHeader, device: torch.device | str) -> None:
+def _load(model: nn.Module, name: str, source: _Source, device: torch.device | str) -> None:
     """Give a parameter or buffer its value from a file, cast to the dtype that it has on the meta device."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, leaf)
-    value = _value(name, header, old.dtype, device)
+    value = source.value(name, old.dtype, device)
     is_parameter = isinstance(old, nn.Parameter)
     setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
-
-
-def _value(name: str, header: TensorHeader, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A tensor of a file; floating-point values are cast."""
-    # opened for each tensor: the pages of a mapped file count as this process's memory until the mapping ends
-    with safe_open(str(header.file), framework="pt", device=str(device)) as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _quantize_layer(folder: Path, model: nn.Module, name: str, scheme: Scheme, device: torch.device | str) -> None:
@@ -258,8 +287,8 @@ def _quantize_layer(folder: Path, model: nn.Module, name: str, scheme: Scheme, d
         raise CheckpointError(f"{folder}: {name!r} cannot be quantized: {error}") from None
 
 
-def _finish(model: nn.Module, plan: Plan) -> nn.Module:
-    """What a model gets once all its layers are quantized."""
-    model.convrot_plan = plan  # type: ignore[assignment]  # a dict, not a Module: kept for saving, reasons included
-    fuse_(model)
-    return model.eval()
+def _note(model: nn.Module, folder: Path, decided: Plan, source: _Source) -> None:
+    """What saving writes beside the tensors: where the model is from, its plan (notes included), merged files."""
+    model.register_to_config(_name_or_path=str(folder))  # type: ignore[operator]  # as from_pretrained does
+    model.convrot_plan = decided  # type: ignore[assignment]  # a dict, not a Module
+    model.convrot_loras = source.notes  # type: ignore[assignment]  # a list, not a Module

@@ -68,7 +68,7 @@ REAL = Scale(
     text_tokens={"flux": 512, "sd35_large": 333, "qwen_image": 512, "clip": 77},
     side=1024,
     sizes=(512, 1024, 2048),
-    batches=(1, 2, 4),
+    batches=(1, 2, 4, 8),
     pipeline_steps=(28, 50),
     rounds=Rounds(),
     images=Rounds(rounds=5, warmup=0, steps=1),

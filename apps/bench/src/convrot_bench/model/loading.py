@@ -70,7 +70,7 @@ def loading(bench: Bench, scale: Scale) -> Iterator[Figure]:
         source, saved = Path(folder) / "bf16", Path(folder) / "4bit"
         model = make_flux(bench, scale)
         model.save_pretrained(source, max_shard_size="5GB")
-        bytes_16bit = build.weight_bytes(model)
+        bytes_16bit, files_16bit = build.weight_bytes(model), _bytes_of(source)
         del model
         theirs = _timed(lambda: type_of(source).from_pretrained(source, dtype=torch.bfloat16).to(device), device)
         theirs.pop("model")
@@ -81,6 +81,7 @@ def loading(bench: Bench, scale: Scale) -> Iterator[Figure]:
             "flux_quantize_load", {"model": MODEL}, ours["seconds"], theirs["seconds"], "s", "BF16 load", fields
         )
         save_quantized(quantized, saved)
+        yield Figure("flux_checkpoint", {"model": MODEL}, _bytes_of(saved), files_16bit, "bytes", "BF16 files", more)
         shutil.rmtree(source)
         size = build.weight_bytes(quantized)
         del quantized
@@ -91,6 +92,11 @@ def loading(bench: Bench, scale: Scale) -> Iterator[Figure]:
             more | _prefixed(ours, "") | _prefixed(theirs, "baseline_") | {"bytes_read": size, "bytes_a_second": rate}
         )
         yield Figure("flux_load", {"model": MODEL}, ours["seconds"], theirs["seconds"], "s", "BF16 load", fields)
+
+
+def _bytes_of(folder: Path) -> int:
+    """Bytes of the files in a folder of a model."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def type_of(folder: Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convrot_bench.bench import ERRORS, Bench
+from convrot_bench.bench import PEER_ERRORS, Bench, first_line
 from convrot_bench.model import build, peer_layers
 from convrot_bench.model.configs import Scale
 from convrot_bench.model.flux import BF16, OURS, flux_side, make_flux, release, shape_of
@@ -26,11 +26,8 @@ from convrot_bench.ops.problems import Source
 from convrot_bench.results import Figure
 from convrot_quant import plan
 
-# what code of others raises
-PEER_ERRORS: tuple[type[Exception], ...] = (*ERRORS, AssertionError, AttributeError, LookupError, OSError)
 TRIAL = Rounds(rounds=1, warmup=1, steps=3)  # by which the faster way of a side is chosen
 GATE_ROWS = 32  # of the inputs on which a peer's layers are compared with the 16-bit ones
-ERROR_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def _try(task: Task, peer: Peer, names: Sequence[str]) -> Attempt:
             _run(task, peer, attempt, way)
     except PEER_ERRORS as error:
         side.model = None
-        attempt.errors[way] = _text(error)
+        attempt.errors[way] = first_line(error)
     return attempt
 
 
@@ -187,13 +184,7 @@ def _run(task: Task, peer: Peer, attempt: Attempt, way: str) -> None:
         check_finite(label, theirs)
         attempt.l2[way] = relative_l2(theirs, task.out)
     except PEER_ERRORS as problem:
-        attempt.errors[way] = _text(problem)
-
-
-def _text(error: Exception) -> str:
-    """Its kind and its first line."""
-    lines = str(error).strip().splitlines() or ["no reason given"]
-    return f"{type(error).__name__}: {lines[0]}"[:ERROR_LENGTH]
+        attempt.errors[way] = first_line(problem)
 
 
 def _version(package: str) -> str:

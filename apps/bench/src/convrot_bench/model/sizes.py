@@ -13,7 +13,7 @@ from convrot_bench.model.configs import Scale
 from convrot_bench.model.flux import BF16, OURS, flux_side, release, shape_of
 from convrot_bench.model.inputs import flux_inputs
 from convrot_bench.model.sides import COMPILED, EAGER, Contender, Side, check_finite, facts, graphs
-from convrot_bench.model.step import Steps, best
+from convrot_bench.model.step import Steps, best, peaks
 from convrot_bench.model.timing import Rounds, Spread, time_once, time_rounds, versus
 from convrot_bench.results import Figure
 
@@ -37,7 +37,9 @@ def sizes(bench: Bench, scale: Scale) -> Iterator[Figure]:
 def _one(
     bench: Bench, scale: Scale, sides: list[Side], shape: dict[str, Any], more: dict[str, Any]
 ) -> Iterator[Figure]:
-    steps, seconds = _steps(bench, scale, sides, shape)
+    steps, seconds, most = _steps(bench, scale, sides, shape)
+    if most:
+        more = more | {"peak": most[OURS], "baseline_peak": most[BF16]}
     spreads = time_rounds(steps, bench.device, rounds_for(seconds, scale.rounds))
     compiled = [Contender(name, COMPILED) for name in (OURS, BF16)]
     if shape != shape_of(scale.side):  # the table `step` has that one
@@ -46,8 +48,8 @@ def _one(
     yield _figure("flux_step_best", shape, spreads, fastest, more)
 
 
-def _steps(bench: Bench, scale: Scale, sides: list[Side], shape: dict[str, Any]) -> tuple[Steps, float]:
-    """What is timed at this shape, checked; and the seconds of the longer side's compiled step."""
+def _steps(bench: Bench, scale: Scale, sides: list[Side], shape: dict[str, Any]) -> tuple[Steps, float, dict[str, int]]:
+    """What is timed at this shape, checked; the seconds of the longer side's compiled step; both sides' peaks."""
     torch._dynamo.reset()  # else the second shape would be compiled for any shape
     steps: Steps = {}
     seconds = 0.0
@@ -57,10 +59,11 @@ def _steps(bench: Bench, scale: Scale, sides: list[Side], shape: dict[str, Any])
         check_finite(f"{side.name} at {shape}", side.step(COMPILED))
         steps[Contender(side.name, COMPILED)] = side.bind(COMPILED)
         seconds = max(seconds, time_once(side.bind(COMPILED)))
+    most = peaks({side.name: side for side in sides}, COMPILED, bench.device)  # before graphs keep memory of their own
     for side in sides:
         if seconds < GRAPHED_BELOW:
             steps |= graphs(bench, side, (EAGER, COMPILED))
-    return steps, seconds
+    return steps, seconds, most
 
 
 def rounds_for(seconds: float, rounds: Rounds) -> Rounds:

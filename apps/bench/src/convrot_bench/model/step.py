@@ -37,11 +37,11 @@ def step(bench: Bench, scale: Scale) -> Iterator[Figure]:
     yield _weights(sides, bench, more)
     outs = {side.name: _checked(side, EAGER) for side in sides.values()}
     more["relative_l2"] = relative_l2(outs[OURS], outs[BF16])
-    eager_peaks = _peaks(sides, EAGER, bench.device)
+    eager_peaks = peaks(sides, EAGER, bench.device)
     with fresh_cache():  # compiling starts from nothing on the disk
         yield _compile(sides, bench, scale, more)
         if is_gpu(bench.device):
-            yield _peak(eager_peaks, _peaks(sides, COMPILED, bench.device), shape_of(scale.side), more)
+            yield _peak(eager_peaks, peaks(sides, COMPILED, bench.device), shape_of(scale.side), more)
         steps: Steps = {Contender(s.name, mode): s.bind(mode) for s in sides.values() for mode in (EAGER, COMPILED)}
         for name in (BF16, OURS):
             steps |= graphs(bench, sides[name], (EAGER, COMPILED))
@@ -78,17 +78,17 @@ def _compile(sides: dict[str, Side], bench: Bench, scale: Scale, more: dict[str,
     return Figure("flux_compile_seconds", shape, seconds[OURS], seconds[BF16], "s", "BF16", more)
 
 
-def _peaks(sides: dict[str, Side], mode: str, device: str) -> dict[str, int]:
+def peaks(sides: dict[str, Side], mode: str, device: str) -> dict[str, int]:
     """Bytes at the most during each side's step as if it were alone on the GPU: what other models hold is left out."""
-    peaks = {}
+    found = {}
     for side in sides.values() if is_gpu(device) else ():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         side.step(mode)
         torch.cuda.synchronize()
         others = sum(other.held for other in sides.values() if other is not side)
-        peaks[side.name] = torch.cuda.max_memory_allocated() - others
-    return peaks
+        found[side.name] = torch.cuda.max_memory_allocated() - others
+    return found
 
 
 def _peak(eager: dict[str, int], compiled: dict[str, int], shape: dict[str, Any], more: dict[str, Any]) -> Figure:

@@ -9,9 +9,11 @@ import torch
 from convrot_bench.bench import Bench, Job
 from convrot_bench.model.breakdown import breakdown
 from convrot_bench.model.configs import REAL, TINY, Scale
+from convrot_bench.model.conversion import conversion
 from convrot_bench.model.families import FAMILIES, family
 from convrot_bench.model.loading import loading
 from convrot_bench.model.lora import lora
+from convrot_bench.model.parallel import parallel
 from convrot_bench.model.peers import PEERS, peers
 from convrot_bench.model.pipeline import pipeline
 from convrot_bench.model.sizes import sizes
@@ -29,6 +31,8 @@ TABLES: dict[str, dict[str, Measure]] = {
     "breakdown": {"breakdown": breakdown},
     "loading": {"loading": loading},
     "lora": {"lora": lora},
+    "conversion": {"conversion": conversion},
+    "parallel": {"parallel": parallel},
 }
 
 
@@ -48,13 +52,15 @@ def select(
 
 
 def plan(scale: Scale, tables: Sequence[str]) -> list[Job]:
-    """The jobs of the named tables, or of all, in order."""
+    """The jobs of the named tables, or of all that this machine has the GPUs for, in order."""
     if unknown := [name for name in tables if name not in TABLES]:
         raise ValueError(f"model: unknown table {unknown[0]!r}; use some of {', '.join(TABLES)}")
+    several = scale.tiny or torch.cuda.device_count() > 1
+    chosen = tables or [name for name in TABLES if name != "parallel" or several]
     return [
         _job(label, measure, scale)
         for name, parts in TABLES.items()
-        if not tables or name in tables
+        if name in chosen
         for label, measure in parts.items()
     ]
 

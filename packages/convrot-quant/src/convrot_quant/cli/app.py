@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from convrot_quant.cli import compare, convert, doctor, generate, inspect, quantize, verify
+from convrot_quant.cli import compare, convert, doctor, generate, inspect, plan, quantize, verify
 from convrot_quant.cli.output import sentences
 
 app = typer.Typer(
@@ -20,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {"quantize": quantize, "inspect": inspect, "generate": generate, "compare": compare, "convert": convert}
-COMMANDS |= {"verify": verify, "doctor": doctor}
+COMMANDS = {"quantize": quantize, "inspect": inspect, "plan": plan, "generate": generate, "compare": compare}
+COMMANDS |= {"convert": convert, "verify": verify, "doctor": doctor}
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(sentences(module.command))
 

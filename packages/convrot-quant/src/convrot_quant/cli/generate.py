@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,7 @@ from convrot_quant.cli.options import (
 from convrot_quant.cli.output import Output, figures_table, hush, images_table
 from convrot_quant.cli.runs import check_image_file, picture_entries, prepare, preset_variant, write_sheet
 from convrot_quant.compare import Result, Variant, compare, dtype_name
+from convrot_quant.config import QuantConfig
 from convrot_quant.generation import Picture, Settings
 from convrot_quant.generation import generate as generate_images
 from convrot_quant.graphs import cuda_graphs_
@@ -55,6 +56,7 @@ from convrot_quant.pipeline import (
     outline_pipeline,
 )
 from convrot_quant.presets import PRESETS
+from convrot_quant.replicas import World, gather, own_device, share, world
 
 NONE = "none"
 LARGE = 1024
@@ -70,6 +72,8 @@ convrot generate ./FLUX.1-dev-4bit --reference ./FLUX.1-dev --prompt "a fox" --s
 convrot generate ./FLUX.1-dev --prompt "a fox" --vram 8GB
 
 convrot generate ./FLUX.1-dev-4bit --prompt "a fox" --height 512 --width 512 --cuda-graphs
+
+torchrun --nproc-per-node 4 --no-python convrot generate ./FLUX.1-dev-4bit --prompts-file prompts.txt -o outputs/
 """
 Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for images, or one .png for one image.")]
 Preset = Annotated[
@@ -97,6 +101,12 @@ class Run:
     device: str
     vram: int | None  # bytes of a GPU that may be used; None on other devices
     cuda_graphs: bool | None  # None: where they help
+    here: World
+
+    @property
+    def jobs(self) -> list[str]:
+        """The prompt of each image; image i has the noise of seed + i, whichever process draws it."""
+        return [prompt for prompt in self.prompts for _ in range(self.settings.num_images)]
 
 
 def command(
@@ -121,20 +131,23 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw prompts with a quantized model; a 16-bit MODEL is quantized in memory first."""
-    output = Output(as_json, quiet)
-    hush(quiet=quiet)
+    """Draw prompts with a quantized model; a 16-bit MODEL is quantized first. Under torchrun each GPU draws a share."""
+    here = world()
+    output = Output(as_json, quiet) if here.is_main else Output(as_json=False, quiet=True)
+    hush(quiet=output.quiet)
     prompts = read_prompts(prompt, prompts_file)
     settings = Settings(seed, steps, guidance, height, width, num_images, max_sequence_length)
     _check_files(out, sheet, len(prompts) * num_images)
     if sheet is not None and vram != AUTO:
         raise typer.BadParameter("--vram goes without --sheet: the 16-bit model of a sheet is not offloaded")
-    place = read_device(device)
+    if sheet is not None and here.size > 1:
+        raise typer.BadParameter(f"--sheet is made by one process, and this run has {here.size}; start it without them")
+    place = read_device(own_device(device, here))
     memory = budget(place, read_vram(vram, place))
     folder = open_folder(model)
     _check_options(folder, preset, reference, sheet)
     _check_graphs(cuda_graphs, place, sheet)
-    run = Run(output, folder, preset, prompts, settings, out, dtype, place, memory, cuda_graphs)
+    run = Run(output, folder, preset, prompts, settings, out, dtype, place, memory, cuda_graphs, here)
     if sheet is None:
         _draw(run)
     else:
@@ -178,18 +191,30 @@ def _check_options(folder: ModelFolder, preset: str | None, reference: str | Non
 
 
 def _draw(run: Run) -> None:
-    """Load what fits where it fits, quantizing a 16-bit model while it is read, and draw."""
-    quantized = run.folder.is_quantized
-    config = None if quantized or run.preset == NONE else read_config(run.preset or "ours", None, None)
+    """Load what fits where it fits and draw: each process its share of the images, all of which the first one saves."""
+    config = None if run.folder.is_quantized or run.preset == NONE else read_config(run.preset or "ours", None, None)
     pipe = outline_pipeline(run.folder, config, dtype=run.dtype.torch)
     arguments = prepare(run.output, pipe, run.prompts, run.settings)
     offload = _offload(run, pipe)
     graphed = _graphs(run, arguments, offload)
+    jobs = share(list(enumerate(run.jobs)), run.here)
+    name, size = _load(run, pipe, config, offload, graphed) if jobs else ("", 0)
+    pictures = gather(_drawn(run, pipe, jobs, name) if jobs else (), run.here)
+    if not run.here.is_main:
+        return
+    result = Result(name, pictures, size)
+    saved = {"images": _save(pictures, run.out, ""), "cuda_graphs": graphed, "offload": offload and offload.to_dict()}
+    run.output.show(figures_table([result]))
+    _finish(run, arguments, [result], saved)
+
+
+def _load(run: Run, pipe: Any, config: QuantConfig | None, offload: Offload | None, graphed: bool) -> tuple[str, int]:
+    """Fill the outline of a pipeline, a 16-bit model being quantized while it is read: (its name, its bytes)."""
     home = "cpu" if offload is not None and offload.method != "none" else run.device
     dtype, progress = run.dtype.torch, run.output.progress
     fill_pipeline(pipe, run.folder, config, dtype=dtype, device=run.device, home=home, progress=progress)
     model = pipe.transformer
-    name = "quantized" if quantized else dtype_name(model) if config is None else run.preset or "ours"
+    name = "quantized" if run.folder.is_quantized else dtype_name(model) if config is None else run.preset or "ours"
     size = model_bytes(model)  # before offloading takes it apart
     if offload is None:
         pipe.to(run.device)
@@ -198,12 +223,14 @@ def _draw(run: Run) -> None:
     if graphed:
         for component in run.folder.transformers:
             cuda_graphs_(getattr(pipe, component))
-    pictures = generate_images(pipe, run.prompts, run.settings, progress=progress, label=name)
-    result = Result(name, pictures, size)
-    saved = {"images": _save(result.pictures, run.out, ""), "cuda_graphs": graphed}
-    saved["offload"] = offload and offload.to_dict()
-    run.output.show(figures_table([result]))
-    _finish(run, arguments, [result], saved)
+    return name, size
+
+
+def _drawn(run: Run, pipe: Any, jobs: Sequence[tuple[int, str]], name: str) -> list[Picture]:
+    """Neighbouring (number of the image, prompt) of the run, each with the noise that it has in one process."""
+    label = name if run.here.size == 1 else f"{name}, {run.here.rank + 1} of {run.here.size} processes"
+    settings = replace(run.settings, seed=run.settings.seed + jobs[0][0], num_images=1)
+    return generate_images(pipe, [job[1] for job in jobs], settings, progress=run.output.progress, label=label)
 
 
 def _offload(run: Run, pipe: Any) -> Offload | None:
@@ -264,9 +291,9 @@ def _save(pictures: Sequence[Picture], out: Path, suffix: str) -> list[str]:
 def _finish(run: Run, arguments: dict[str, Any], results: Sequence[Result], saved: dict[str, Any]) -> None:
     """Say where everything is, or all of it as JSON."""
     where = saved["images"][0] if len(saved["images"]) == 1 else str(Path(saved["images"][0]).parent)
-    run.output.show(f"images: {where}")
+    run.output.show(f"images: {where}" + (f" (by {run.here.size} processes)" if run.here.size > 1 else ""))
     if "sheet" in saved:
         run.output.show(f"sheet: {saved['sheet']}")
     data = {"settings": asdict(run.settings), "arguments": arguments, "pictures": picture_entries(results[0])}
     figures = [result.to_dict(results[0]) for result in results]
-    run.output.result({"machine": machine(run.device), **data, **saved, "results": figures})
+    run.output.result({"machine": machine(run.device), "processes": run.here.size, **data, **saved, "results": figures})

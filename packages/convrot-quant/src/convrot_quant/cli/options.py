@@ -149,12 +149,17 @@ def read_device(device: str) -> str:
     return device
 
 
+def parse_size(size: str) -> int:
+    """A size such as 8GB, 12GiB or 500MB as a number of bytes; 0 for what is none."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([mg]i?b)", size.strip().lower())
+    return int(float(match[1]) * UNITS[match[2]]) if match else 0
+
+
 def read_vram(vram: str, device: str) -> int | None:
     """--vram as a number of bytes; None for auto."""
     if vram == AUTO:
         return None
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([mg]i?b)", vram.strip().lower())
-    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    size = parse_size(vram)
     if not size:
         raise typer.BadParameter(f"--vram must be a size such as 8GB, 12GiB or 500MB, or {AUTO}; got {vram!r}")
     if torch.device(device).type != "cuda":

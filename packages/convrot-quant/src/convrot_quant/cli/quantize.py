@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from convrot_quant.cli.options import (
 )
 from convrot_quant.cli.output import Output, hush
 from convrot_quant.config import QuantConfig
+from convrot_quant.lora_files import LoraFile
 from convrot_quant.pipeline import meta_transformer, open_folder, quantize_folder
 from convrot_quant.plans import Plan, size_text
 
@@ -36,12 +38,22 @@ convrot quantize ./FLUX.1-dev -o ./FLUX.1-dev-4bit --device cuda
 convrot quantize ./FLUX.1-dev -o ./out --preset paper --keep 'single_transformer_blocks.{last}.*'
 
 convrot quantize ./FLUX.1-dev/transformer -o ./out --override '*.to_out.0=W8A8' --max-shard-size 2GB
+
+convrot quantize ./FLUX.1-dev -o ./styled --lora style.safetensors:0.8 --lora detail.safetensors
 """
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears whole or not at all.")]
 PlanFile = Annotated[
     Path | None,
     typer.Option(
         help="Quantize by this plan (from `convrot inspect --json`) instead of a preset.", exists=True, dir_okay=False
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Merge a LoRA file (safetensors; diffusers', kohya's or the original names) into the 16-bit weights "
+        "before they are quantized, by SCALE (1); repeatable.",
+        metavar="FILE[:SCALE]",
     ),
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Of each safetensors file.", metavar="SIZE")]
@@ -55,6 +67,7 @@ def command(
     keep: Keep = None,
     override: Override = None,
     plan: PlanFile = None,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = DType.bfloat16,
     max_shard_size: MaxShardSize = "5GB",
@@ -72,20 +85,28 @@ def command(
     check_size(max_shard_size)
     place, folder = read_device(device), open_folder(model)
     check_globs([meta_transformer(path) for path in folder.transformers.values()], keep, override)
-    plans = quantize_folder(
-        folder,
-        out,
-        config,
-        dtype=dtype.torch,
-        device=place,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=output.progress,
-    )
+    loras = [LoraFile.parse(text) for text in lora or ()]
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: output.warn(str(message))
+        plans = quantize_folder(
+            folder,
+            out,
+            config,
+            dtype=dtype.torch,
+            device=place,
+            max_shard_size=max_shard_size,
+            loras=loras,
+            base_model=None if Path(model).is_dir() else model,
+            overwrite=overwrite,
+            progress=output.progress,
+        )
     for name, made in plans.items():
         before, after = size_text(made.bytes_before), size_text(made.bytes_after)
         output.show(made, f"{name}: {before} -> {after}, written to {out}")
-    output.result({"out": str(out), "components": {name: _figures(made) for name, made in plans.items()}})
+    merged = [{"file": str(file.path), "scale": file.scale} for file in loras]
+    output.result(
+        {"out": str(out), "loras": merged, "components": {name: _figures(made) for name, made in plans.items()}}
+    )
 
 
 def _figures(plan: Plan) -> dict[str, object]:

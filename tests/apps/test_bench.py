@@ -10,15 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convrot_bench import methods, ops, report, shapes
+from convrot_bench import ops, report, shapes
 from convrot_bench.bench import Bench, GateError, Job, run
 from convrot_bench.cli import app
 from convrot_bench.ops import costs, gates, linears, peers, problems, rotations, step
 from convrot_bench.ops.problems import Source, backends_of, prepared
 from convrot_bench.results import REQUIRED, Writer, load, ratio
-from convrot_kernels import dispatch, reference, rotate_quantize, scaled_mm, transforms
+from convrot_kernels import dispatch, reference, rotate_quantize, scaled_mm
 from convrot_kernels.testing import gemm_operations, make_inputs
-from convrot_quant import ConvLinear4bit, Scheme
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}
@@ -400,41 +399,6 @@ def test_ops_table_has_every_figure(tmp_path):
     assert report.ops_table([]) == "No op runs are committed yet."
 
 
-def test_emulation_under_the_regular_matrix_is_the_product():
-    """So that rows of other rotations differ from the paper's row in the rotation alone."""
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(512, 64).bfloat16()
-    x = make_inputs(40, 512)
-    product = ConvLinear4bit.from_linear(linear, Scheme())
-    emulated = methods.EmulatedLinear(linear, Scheme(), transforms.regular(256))
-    a, b = product(x).float(), emulated(x).float()
-    assert (a - b).norm() / a.norm() < 5e-3  # bf16 rounding, and codes that fall on a tie
-
-
-@pytest.mark.parametrize("name", ["rtn", "sylvester256"])
-def test_emulated_methods_take_the_papers_layers(name):
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=8,
-        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
-    before = sum(p.numel() * p.element_size() for p in model.parameters())
-    built = next(m for m in methods.METHODS if m.name == name).build(model)
-    replaced = [n for n, m in model.named_modules() if isinstance(m, methods.EmulatedLinear)]
-    assert tuple(replaced) == built.layers
-    assert len(replaced) == built.planned == 20
-    assert built.bytes < before / 3
-
-
-def test_a_rotation_that_fits_no_layer_leaves_them_and_says_so():
-    model = torch.nn.Module()
-    model.transformer_blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(512, 512))])
-    built = methods.rotated(lambda k: None)(model)
-    assert (built.layers, built.planned) == ((), 1)
-    assert built.bytes == 4 * (512 * 512 + 512)
-
-
 def quality_rows(tmp_path):
     writer = Writer(tmp_path / "q.jsonl", "quality", FACTS)
     shape = {"model": "weights", "steps": 20, "prompts": 500}
@@ -443,32 +407,6 @@ def quality_rows(tmp_path):
         writer.write(f"{name}/psnr_db", shape, psnr, 18.0, "db", "paper_w4a4", **more)
         writer.write(f"{name}/object", shape, 0.5, 0.5, "share", "paper_w4a4", **more)
     return load([tmp_path / "q.jsonl"])
-
-
-def test_quality_table_says_how_many_layers_a_row_fits(tmp_path):
-    table = report.quality_table(quality_rows(tmp_path))
-    assert "500 held-out captions, 20 steps, bf16, NVIDIA H200" in table
-    assert "| no rotation * | 37 of 38 |" in table
-    assert "| 14.00 |" in table
-
-
-def test_the_quality_table_takes_the_runs_over_the_most_captions(tmp_path):
-    rows = quality_rows(tmp_path)
-    few = [r | {"shape": r["shape"] | {"prompts": 4}, "ours": 99.0} for r in rows]
-    assert report.quality_table([*few, *rows]) == report.quality_table(rows)
-
-
-def test_the_layers_table_has_a_line_a_layer(tmp_path):
-    writer = Writer(tmp_path / "q.jsonl", "quality", FACTS)
-    shape = {"model": "weights", "steps": 20, "prompts": 4}
-    for name, errors in (("rtn", {"a": 0.25, "b": 0.5}), ("paper_w4a4", {"a": 0.125})):
-        more = {"title": name, "layer_l2": errors}
-        writer.write(f"{name}/layer_l2_median", shape, 0.1, 0.1, "relative_l2", "paper_w4a4", **more)
-    table = report.layers_table(load([tmp_path / "q.jsonl"]))
-    assert "| layer | rtn | paper_w4a4 |" in table
-    assert "| `a` | 0.250 | 0.125 |" in table
-    assert "| `b` | 0.500 | 16-bit |" in table
-    assert "No run" in report.layers_table([])
 
 
 def test_report_fills_only_between_its_marks(tmp_path):
@@ -505,19 +443,3 @@ def test_committed_results_name_no_machine():
             assert not row["command"].startswith("/"), path
             assert " /" not in row["command"], path
             json.dumps(row)
-
-
-def test_quality_command_records_every_layer(tmp_path):
-    """The real pipeline and judge, two captions and two steps: every row, and one error a quantized layer."""
-    out = tmp_path / "q.jsonl"
-    home = ROOT / "apps" / "mini-flux"
-    command = ["quality", str(home / "weights"), "--judge", str(home / "judge.safetensors"), "--out", str(out)]
-    few = ["--captions", "2", "--steps", "2", "--batch", "2", "--device", "cpu", "--method", "sylvester256"]
-    result = CliRunner().invoke(app, [*command, *few])
-    assert result.exit_code == 0, result.output
-    rows = load([out])
-    assert {r["case"].split("/")[0] for r in rows} == {"bf16", "chance", "sylvester256", "paper_w4a4"}
-    errors = next(r["layer_l2"] for r in rows if r["case"] == "paper_w4a4/layer_l2_median")
-    assert len(errors) == 38
-    assert all(0.01 < e < 0.5 for e in errors.values())
-    assert "single_transformer_blocks.3.proj_out" in report.layers_table(rows)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from convrot_bench.quality import outliers
+from convrot_bench.quality import outliers, synthetic_suite
+from convrot_bench.quality.methods import METHODS
 from convrot_bench.quality.synthetic import CASES, PARAMETERS, REPORT_SEEDS, TUNING_SEEDS, make
+from convrot_bench.results import Writer, load
 from convrot_kernels import transforms
 
 BY_NAME = {case.name: case for case in CASES}
@@ -129,3 +131,55 @@ def test_outlier_definitions():
 
 def test_an_all_zero_token_has_no_crest():
     assert outliers.crest_factor(torch.zeros(1, 256)).tolist() == [0]
+
+
+FACTS = {"gpu": "none", "driver": "none", "torch": "2", "triton": "none", "commit": "abc"}
+
+
+def some(*names):
+    return [next(m for m in METHODS if m.name == name) for name in names]
+
+
+def run_small(tmp_path, split="tuning", **more):
+    cases = [BY_NAME["gaussian/gaussian"], BY_NAME["token_outliers/gaussian"], BY_NAME["adaln_shifted/heavy_tailed"]]
+    writer, said = Writer(tmp_path / "q.jsonl", "quality", FACTS), []
+    methods = some("paper_w4a4", "ours_w4a4", "ours_w4a8", "lever_peel_group", "lever_shift", "sylvester256")
+    synthetic_suite.run(writer, "cpu", said.append, methods=methods, split=split, cases=cases, tokens=32, outputs=64)
+    return {row["case"]: row for row in load([tmp_path / "q.jsonl"])}, said
+
+
+def test_the_suite_writes_errors_of_every_method_and_case(tmp_path, monkeypatch):
+    monkeypatch.setitem(synthetic_suite.SEEDS, "tuning", range(2))
+    rows, said = run_small(tmp_path)
+    assert [line.split(":")[0] for line in said] == ["gaussian/gaussian", "token_outliers/gaussian",
+                                                     "adaln_shifted/heavy_tailed"]  # fmt: skip
+    paper = rows["paper_w4a4/layer_l2_median"]
+    assert (paper["baseline_name"], paper["ratio"], paper["shape"]["split"]) == ("paper_w4a4", 1.0, "tuning")
+    assert set(paper["figure_3"]) == set(synthetic_suite.figure_3())
+    assert set(paper["layer_l2"]) == {"gaussian/gaussian", "token_outliers/gaussian", "adaln_shifted/heavy_tailed"}
+    assert rows["ours_w4a4/layer_l2_median"]["ratio"] > 1.25
+    assert rows["ours_w4a8/layer_l2_median"]["ratio"] > 1.8
+    assert rows["ours_w4a4/bytes"]["ours"] == rows["paper_w4a4/bytes"]["ours"]
+    assert rows["lever_peel_group/layer_l2_median"]["multiplied"] == "4 x 4, 0.39 % 16 x 16"
+    by_case = {name: rows[f"{name}/layer_l2_median"]["layer_l2"] for name in ("ours_w4a4", "lever_shift")}
+    assert by_case["lever_shift"]["adaln_shifted/heavy_tailed"] < by_case["ours_w4a4"]["adaln_shifted/heavy_tailed"]
+    assert rows["sylvester256/layer_l2_worst"]["worst_layer"] in paper["layer_l2"]
+
+
+def test_an_unknown_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown split 'final'; use one of report, tuning"):
+        run_small(tmp_path, split="final")
+
+
+def test_cases_are_layers_of_flux_with_the_kinds_that_they_generate():
+    kinds = {case.kind: synthetic_suite.kind_of(synthetic_suite.layer_name(case)) for case in CASES}
+    assert kinds == {
+        "gaussian": "attention", "channel_outliers": "modulated", "token_outliers": "attention",
+        "adaln_shifted": "modulated", "gelu_inputs": "gelu", "heavy_tails": "modulated", "proj_out": "proj_out",
+    }  # fmt: skip
+
+
+def test_figure_3_names_every_matrix_and_the_peel_leaves_a_finer_step():
+    found = {name: facts["amplitude"] for name, facts in synthetic_suite.figure_3(seed=0).items()}
+    assert found["Sylvester-256"] > 5 * found["original"] > 5 * found["regular-256"]
+    assert found["regular-256, DC peeled"] < found["regular-256"] / 1.5

@@ -20,6 +20,17 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 ERRORS = _errors()
+# what code of others raises
+PEER_ERRORS: tuple[type[Exception], ...] = (*ERRORS, AssertionError, AttributeError, LookupError, OSError)
+
+
+LENGTH = 300  # of an error in a row
+
+
+def first_line(error: Exception) -> str:
+    """Its kind and its first line, as a row keeps it."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0]}"[:LENGTH]
 
 
 class GateError(RuntimeError):

@@ -20,16 +20,16 @@ REQUIRED = (
     "commit", "date", "command", "run_id",
 )  # fmt: skip
 BENCHES = ("ops", "model", "quality")
-SMALLER_IS_BETTER = ("us", "ms", "s", "s/image", "bytes", "relative_l2")
-LARGER_IS_BETTER = ("db", "ssim", "share", "tops", "gb_s")
+SMALLER_IS_BETTER = ("us", "ms", "s", "s/image", "bytes", "relative_l2", "lpips", "fid")
+LARGER_IS_BETTER = ("db", "ssim", "share", "tops", "gb_s", "score")
 
 
 def ratio(ours: float, baseline: float | None, unit: str) -> float | None:
     """How many times better ours is than the baseline: above 1 is better, for times and bytes as for decibels.
 
-    None where the baseline is 0 and has no multiple, or does not run.
+    None where the baseline is 0 or below (an ImageReward) and has no multiple, or does not run.
     """
-    if baseline is None:
+    if baseline is None or baseline < 0 or ours < 0:
         return None
     if unit in SMALLER_IS_BETTER:
         return baseline / ours if ours else None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from statistics import median
 
 from convrot_bench.bars import Check, Row, Rows, by_shape, constant, current, head, named, on_gpus
+from convrot_bench.survey_tables import is_extra
 
 NOTHING = "No op runs are committed yet."
 
@@ -13,7 +14,7 @@ NOTHING = "No op runs are committed yet."
 
 def ops_table(rows: Rows) -> str:
     """A table a case, a line a shape and backend."""
-    rows = [r for r in rows if r["bench"] == "ops"]
+    rows = [r for r in rows if r["bench"] == "ops" and not is_extra(r)]
     if not rows:
         return NOTHING
     parts = []
@@ -187,7 +188,7 @@ BARS: tuple[tuple[str, str, tuple[Check, ...]], ...] = (
 
 def bars_table(rows: Rows) -> str:
     """What, its bar, and what the newest GPU's runs measured."""
-    rows = current(on_gpus(rows), "ops")
+    rows = current([r for r in on_gpus(rows) if not is_extra(r)], "ops")
     if not rows:
         return NOTHING
     lines = ["| what | bar | measured |", "| --- | --- | --- |"]

@@ -8,7 +8,8 @@ import torch
 
 from convrot_bench import shapes
 from convrot_bench.bench import Bench, Job
-from convrot_bench.ops import medians, peers
+from convrot_bench.ops import breakdown, layer_peers, medians, peers, rotation_peers, survey
+from convrot_bench.ops.ceiling import Ceiling
 from convrot_bench.ops.costs import host_cost, weight_bits
 from convrot_bench.ops.linears import gemm_w4a4, gemv_w4a16, linear_w4a4
 from convrot_bench.ops.peers import linear_w4a4_vs_comfy_kitchen
@@ -23,19 +24,24 @@ CASES = (
     "rotate_quantize_triton", "host_cost", "weight_bits",
 )  # fmt: skip
 CPU_CASES = ("gemm_w4a4", "linear_w4a4", "rotate_quantize")
+# asked for by name: much more than the bars, each in a minute or two
+EXTRA_CASES = ("survey", "breakdown", "rotations", "peers")
+EXTRA_CPU_CASES = ("survey",)
 
 Sizes = tuple[Sequence[tuple[int, int]], Sequence[int]]
 
 
 def select(cases: Sequence[str], device: str) -> tuple[str, ...]:
-    """The named cases, or all that the device has."""
-    known = CASES if torch.device(device).type == "cuda" else CPU_CASES
+    """The named cases, or those of the bars that the device has."""
+    gpu = torch.device(device).type == "cuda"
+    default, extra = (CASES, EXTRA_CASES) if gpu else (CPU_CASES, EXTRA_CPU_CASES)
     for case in cases:
-        if case not in CASES:
-            raise ValueError(f"ops: unknown case {case!r}; use one of {', '.join(CASES)}")
-        if case not in known:
-            raise ValueError(f"ops: case {case!r} needs a GPU, got device {device}; here use {', '.join(known)}")
-    return tuple(cases) or known
+        if case not in CASES + EXTRA_CASES:
+            raise ValueError(f"ops: unknown case {case!r}; use one of {', '.join(CASES + EXTRA_CASES)}")
+        if case not in default + extra:
+            known = ", ".join(default + extra)
+            raise ValueError(f"ops: case {case!r} needs a GPU, got device {device}; here use {known}")
+    return tuple(cases) or default
 
 
 def prepare(device: str, say: Callable[[str], None]) -> Bench:
@@ -47,8 +53,35 @@ def prepare(device: str, say: Callable[[str], None]) -> Bench:
     return Bench(device, backends, say)
 
 
-def plan(bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int) -> list[Job]:
-    """The jobs of the cases on the bench's device, in order."""
+def plan(
+    bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int, families: Sequence[shapes.Family] = ()
+) -> list[Job]:
+    """The jobs of the cases on the bench's device, in order; `families` are what the survey takes."""
+    extra = _extra(cases, families)
+    if not set(cases) - set(EXTRA_CASES):
+        return extra
+    return _bars(bench, cases, sizes, repeats) + extra
+
+
+def _extra(cases: Sequence[str], families: Sequence[shapes.Family]) -> list[Job]:
+    """The ceiling of this run first: it is what the rest is a share of."""
+    if not set(cases) & set(EXTRA_CASES):
+        return []
+    ceiling = Ceiling()
+    jobs = [Job("ceiling", ceiling.measure)]
+    if "survey" in cases:
+        jobs += survey.jobs(ceiling, families)
+    if "breakdown" in cases:
+        products = [(shapes.FLUX_TOKENS[0], *linear) for linear in shapes.FLUX_LINEARS]
+        jobs += [_job("breakdown", breakdown.measure, *mnk, ceiling=ceiling) for mnk in products]
+    if "rotations" in cases:
+        jobs += [_job("rotations", rotation_peers.compare, *mk, ceiling=ceiling) for mk in shapes.ROTATED]
+    if "peers" in cases:
+        jobs += [_job("peers", layer_peers.compare, *mnk, ceiling=ceiling) for mnk in shapes.PEER_PRODUCTS]
+    return jobs
+
+
+def _bars(bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int) -> list[Job]:
     linears, tokens = sizes
     products = [(m, n, k) for m in tokens for n, k in linears]
     if torch.device(bench.device).type != "cuda":
@@ -73,9 +106,9 @@ def plan(bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int) -> list
     return jobs
 
 
-def _job(label: str, function: Callable[..., Iterator[Figure]], *arguments: Any) -> Job:
+def _job(label: str, function: Callable[..., Iterator[Figure]], *arguments: Any, **options: Any) -> Job:
     numbers = " x ".join(str(a) for a in arguments if isinstance(a, int))
-    return Job(f"{label} {numbers}".strip(), lambda bench: function(bench, *arguments))
+    return Job(f"{label} {numbers}".strip(), lambda bench: function(bench, *arguments, **options))
 
 
 def _rotations(bench: Bench, cases: Sequence[str]) -> list[Job]:

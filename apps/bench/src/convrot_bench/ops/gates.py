@@ -22,8 +22,8 @@ VALUE_ERROR = 1e-2  # of values times codes, summed in fp32 and rounded to bf16
 PEER_ERROR = 0.3  # of another project's W4A4 against the product of its 16-bit arguments
 
 
-def _rows(m: int, first: int, device: torch.device) -> Tensor:
-    """Indices of the first rows and the last."""
+def ends(m: int, first: int, device: torch.device) -> Tensor:
+    """Indices of the first rows and the last: all, where there are few."""
     rows = torch.arange(m, device=device)
     return rows if m <= first + LAST else torch.cat((rows[:first], rows[-LAST:]))
 
@@ -39,7 +39,7 @@ def gate_codes(
 ) -> None:
     """op(*arguments) of the backend against the reference's; not `exact`: up to a few flipped roundings."""
     x = arguments[0]
-    rows = _rows(len(x), FIRST_CODES, x.device)
+    rows = ends(len(x), FIRST_CODES, x.device)
     some = [argument[rows] if argument.dim() == 2 else argument for argument in arguments]
     with use_backend("reference"):
         wanted = op(*some, **options)
@@ -57,9 +57,9 @@ def gate_codes(
         raise GateError(f"{name} of {backend} at {tuple(x.shape)} {options} disagrees: {error}") from None
 
 
-def gate_product(backend: str, codes: Tensor, a_scale: Tensor, weight: Weight, bias: Tensor) -> None:
+def gate_product(backend: str, codes: Tensor, a_scale: Tensor, weight: Weight, bias: Tensor | None) -> None:
     """scaled_mm of the backend, bit for bit the reference's."""
-    rows = _rows(len(codes), FIRST_PRODUCTS, codes.device)
+    rows = ends(len(codes), FIRST_PRODUCTS, codes.device)
     with use_backend("reference"):
         row_major = LAYOUTS[weight.layout].restore(weight.codes)
         wanted = scaled_mm(codes[rows], row_major, a_scale[rows], weight.scale, bias, torch.bfloat16)
@@ -68,7 +68,7 @@ def gate_product(backend: str, codes: Tensor, a_scale: Tensor, weight: Weight, b
     try:
         assert_equal(out[rows], wanted)
     except AssertionError as error:
-        m, n, k = len(codes), len(weight.codes), 2 * weight.codes.shape[1]
+        m, n, k = len(codes), len(weight.codes), codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1)
         raise GateError(f"scaled_mm of {backend} at M={m}, N={n}, K={k} disagrees: {error}") from None
 
 
@@ -83,6 +83,32 @@ def gate_values(backend: str, x: Tensor, weight: Weight, bias: Tensor) -> None:
     if error > VALUE_ERROR:
         shape = f"M={len(x)}, N={len(codes)}, K={x.shape[1]}"
         raise GateError(f"scaled_mm of {backend} at {shape} disagrees: relative error {error:.1e} of values")
+
+
+def gate_integers(name: str, out: Tensor, codes: Tensor, weight: Tensor) -> None:
+    """int32 (M, N) against the exact sums of int8 codes (M, K) x (N, K)."""
+    rows = ends(len(codes), FIRST_PRODUCTS, codes.device)
+    wanted = (codes[rows].double() @ weight.double().t()).to(torch.int32)
+    if not torch.equal(out[rows], wanted):
+        off = int((out[rows] != wanted).sum())
+        raise GateError(f"{name} at {tuple(codes.shape)} x {tuple(weight.shape)} disagrees: {off} sums are not exact")
+
+
+def gate_same(name: str, out: Tensor, wanted: Tensor) -> None:
+    """Bit for bit."""
+    try:
+        assert_equal(out, wanted)
+    except AssertionError as error:
+        raise GateError(f"{name} at {tuple(wanted.shape)} disagrees: {error}") from None
+
+
+def gate_close(name: str, out: Tensor, wanted: Tensor, error: float) -> None:
+    """Within a relative error: where an op may sum in another order and round once more."""
+    found = relative_l2(out, wanted)
+    if not found <= error:
+        raise GateError(
+            f"{name} at {tuple(wanted.shape)} disagrees: relative error {found:.1e}, allowed is {error:.0e}"
+        )
 
 
 def gate_peer(name: str, error: float) -> None:

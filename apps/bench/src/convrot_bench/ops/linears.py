@@ -29,10 +29,10 @@ class Linear:
     scale: Tensor
 
     @staticmethod
-    def draw(source: Source, m: int, n: int, k: int, backend: str) -> "Linear":
+    def draw(source: Source, m: int, n: int, k: int, backend: str, group_size: int = 256) -> "Linear":
         weight = source.weight(n, k)
         with use_backend(backend):
-            packed, scale = rotate_quantize(weight, packed=True)
+            packed, scale = rotate_quantize(weight, group_size, packed=True)
         return Linear(source.inputs(m, k), weight, source.vector(n), packed, scale)
 
 

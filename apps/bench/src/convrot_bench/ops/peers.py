@@ -1,15 +1,15 @@
 """The whole op against comfy-kitchen's, which computes the same method: weights and activations in a rotated basis."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from convrot_bench.bench import Bench
+from convrot_bench.ops.clock import capturable
 from convrot_bench.ops.gates import gate_peer, relative_l2
 from convrot_bench.ops.linears import TIMING, Linear, agrees, draw_sets, whole_op
 from convrot_bench.ops.problems import keeping
@@ -71,18 +71,3 @@ def _time(contenders: dict[str, Any]) -> tuple[dict[str, float], str]:
         return testing.time_graphs(contenders), TIMING
     timed = {n: testing.time_median(f, a, repeats=200, warmup=50) for n, (f, a) in contenders.items()}
     return timed, EVENTS
-
-
-def capturable(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> bool:
-    """Whether a CUDA graph takes the call, once it has run."""
-    function(*arguments[0])
-    torch.cuda.synchronize()
-    stream = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            function(*arguments[0])
-    except RuntimeError:
-        torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
-        torch.cuda.synchronize()
-        return False
-    return True

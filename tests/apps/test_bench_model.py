@@ -277,7 +277,7 @@ def test_a_peak_leaves_out_what_other_models_hold(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100)
     held = {BF16: 40, OURS: 10, UNFUSED: 12}
     models = {name: sides.Side(name, lambda return_dict: (torch.ones(2),), {}, size) for name, size in held.items()}
-    peaks = step._peaks(models, EAGER, "cuda")
+    peaks = step.peaks(models, EAGER, "cuda")
     assert peaks == {BF16: 78, OURS: 48, UNFUSED: 50}
     figure = step._peak(peaks, {BF16: 80, OURS: 16, UNFUSED: 20}, shape_of(1024), {"fused": True})
     assert (figure.ours, figure.baseline, figure.more["eager"], figure.more["unfused"]) == (16, 80, 48, 20)

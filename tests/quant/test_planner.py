@@ -303,8 +303,9 @@ def test_kept_and_overridden_layers_are_decided_before_the_budget(flux: nn.Modul
         planned = plan_within(flux, size, keep=(out,), overrides={"*.to_q": W4A4}, progress=False)
         assert out not in planned
         assert planned.reasons[out] == f"kept by {out!r}"
-        assert planned[query] == W4A4
-        assert planned.get("single_transformer_blocks.0.attn.to_k") != W4A4
+        assert planned[query].name == "W4A4"
+        key = planned.get("single_transformer_blocks.0.attn.to_k")
+        assert key is None or key.name != "W4A4"
 
 
 @pytest.mark.parametrize("schemes", [("16",), ("W4A4", "W2A2"), ("",)])

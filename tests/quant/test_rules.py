@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from convrot_quant import Plan, QuantConfig, Scheme, plan
+from convrot_quant.config import recommended_clip
 
 GIB = 2**30
 
@@ -197,7 +198,8 @@ def test_the_reason_or_the_fallback_group_is_said(layer: nn.Linear, outcome: str
     decided = plan(model_of(lin=layer)).layers[0]
     assert decided.note == outcome
     if layer.in_features == 1152:
-        assert decided.scheme == replace(Scheme.parse("W4A4"), group_size=64)
+        clip = recommended_clip(1152)
+        assert decided.scheme == replace(Scheme.parse("W4A4"), group_size=64, activation_clip=clip)
     else:
         assert decided.scheme is None
 
@@ -224,3 +226,12 @@ def test_a_linear_right_in_a_list_is_no_block() -> None:
     model = nn.Module()
     model.heads = nn.ModuleList([nn.Linear(512, 512)])
     assert plan(model).reasons == {"heads.0": "outside the repeated blocks (embedder or output layer)"}
+
+
+def test_the_recommended_clip_follows_the_length_of_a_row_and_a_chosen_one_stays() -> None:
+    layers = {"a": nn.Linear(512, 512), "b": nn.Linear(3072, 512)}
+    found = [scheme.activation_clip for scheme in plan(model_of(**layers)).values()]
+    assert found == [recommended_clip(512), recommended_clip(3072)] == [0.85, 0.721]
+    chosen = replace(Scheme.parse("W4A4"), activation_clip=0.9)
+    assert {scheme.activation_clip for scheme in plan(model_of(**layers), QuantConfig(chosen)).values()} == {0.9}
+    assert {scheme.activation_clip for scheme in plan(model_of(**layers), QuantConfig("W4A8")).values()} == {1.0}

@@ -148,10 +148,10 @@ def test_memory_stays_far_below_the_16_bit_model(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(diffusers, "Large", Large, raising=False)
     Large().to(torch.bfloat16).save_pretrained(tmp_path)
-    load_and_quantize(tmp_path, progress=False)  # what the process needs once
+    load_and_quantize(tmp_path, "paper", progress=False)  # what the process needs once; no search, which takes a minute
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmRSS")
-    model = load_and_quantize(tmp_path, progress=False)
+    model = load_and_quantize(tmp_path, "paper", progress=False)
     peak, size = memory("VmHWM") - before, (tmp_path / WEIGHTS).stat().st_size
     assert size == pytest.approx(192 * 1024 * 1024 * 2, rel=0.01)
     assert peak < model.convrot_plan.bytes_after + 120e6 < 0.7 * size  # the codes, and what one layer needs in fp64

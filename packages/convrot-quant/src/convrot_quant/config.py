@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,12 +19,21 @@ ACTIVATION_RULES = ("absmax",)
 # What a scheme's short name stands for beside its bits: what measured best on synthetic layers of FLUX's statistics and
 # on mini-flux (docs/quality.md). At 4 bits a row loses more by coarse steps than by its clipped tail, at 8 bits not.
 RECOMMENDED: Mapping[tuple[int, int], Mapping[str, Any]] = {
-    (4, 4): {"weight_rule": "mse", "weight_rounding": "balanced", "activation_clip": 0.725},
+    (4, 4): {"weight_rule": "mse", "weight_rounding": "balanced", "activation_clip": 0.72},
     (4, 8): {"weight_rule": "mse", "weight_rounding": "balanced"},
     (4, 16): {"weight_rule": "mse", "weight_rounding": "balanced"},
     (8, 8): {"weight_rounding": "balanced"},
     (8, 16): {"weight_rounding": "balanced"},
 }
+
+
+def recommended_clip(in_features: int) -> float:
+    """K -> the activation_clip of the recommended W4A4 for rows of K values.
+
+    The longer a row, the farther its largest value lies in the tail: 0.85 was best at K=512 (mini-flux), 0.72 at K=3072
+    (FLUX's statistics); between them the logarithm of K counts, as it does for the maximum of Gaussian values.
+    """
+    return round(min(0.85, max(0.7, 0.85 - 0.05 * math.log2(in_features / 512))), 3)
 
 
 def _one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from convrot_quant.config import QuantConfig, Scheme
+from convrot_quant.config import QuantConfig, Scheme, recommended_clip
 from convrot_quant.linear import COMPUTE_DTYPES
 from convrot_quant.presets import EIGHT_BIT, KEEP_16BIT
 
@@ -23,6 +23,7 @@ MIN_IN_FEATURES = 512
 IN_MULTIPLE = 64  # the smallest group worth its scale, and what int4 GEMMs and the ComfyUI format ask of K
 OUT_MULTIPLE = 16  # tensor-core tiles and packed stores ask this of N
 FALLBACK_GROUPS = (256, 64)
+RECOMMENDED_W4A4 = Scheme.parse("W4A4")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,16 @@ def choose(layer: Linear, config: QuantConfig, model_class: str) -> tuple[Scheme
     reason = cannot_run(layer) or ("" if exact else _better_not(layer, model_class))
     if reason:
         return None, reason
-    scheme, why = _in_8_bits(scheme, layer)
+    scheme, why = _in_8_bits(_for_row_length(scheme, layer.module.in_features), layer)
     found, note = _with_group(scheme, layer.module.in_features)
     return found, "; ".join(filter(None, (why, note)))
+
+
+def _for_row_length(scheme: Scheme, in_features: int) -> Scheme:
+    """The recommended W4A4, and nothing else that somebody chose, with the clip for rows of this length."""
+    if replace(scheme, group_size=RECOMMENDED_W4A4.group_size) != RECOMMENDED_W4A4:
+        return scheme
+    return replace(scheme, activation_clip=recommended_clip(in_features))
 
 
 def _in_8_bits(scheme: Scheme, layer: Linear) -> tuple[Scheme, str]:

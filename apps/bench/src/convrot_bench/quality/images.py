@@ -10,10 +10,11 @@ from PIL import Image
 
 from convrot_bench.bars import Rows
 from convrot_bench.quality import plots
-from convrot_bench.quality.tables import SHORT, figures, most_steps, synthetic, title_of
+from convrot_bench.quality.tables import LEVER, SHORT, all_seeds, figures, most_steps, synthetic, title_of
 
 TEXT = "Description"  # of a PNG: what is drawn, by which a stale picture is known
 Data = dict[str, Any]
+LAYERS = ("layers", "layers_planned")
 
 
 def errors_of(rows: Rows, cases: tuple[str, ...]) -> Data:
@@ -21,6 +22,12 @@ def errors_of(rows: Rows, cases: tuple[str, ...]) -> Data:
     found = figures(rows)
     keep = ("title", *cases)
     return {n: {k: f[k] for k in keep if k in f} for n, f in found.items() if cases[0] in f}
+
+
+def rivals_of(data: Data) -> Data:
+    """Without levers, whose labels would be a thicket, and without what fits few layers and leaves the rest alone."""
+    kept = {n: f for n, f in data.items() if not n.startswith(LEVER) and f["layers"] > 0.9 * f["layers_planned"]}
+    return {n: {key: value for key, value in f.items() if key not in LAYERS} for n, f in kept.items()}
 
 
 def layers_of(rows: Rows) -> Data:
@@ -40,14 +47,14 @@ PICTURES: dict[str, tuple[Callable[[Rows], Data], Callable[[Data], Figure]]] = {
         lambda data: plots.error_by_method(data, "mini-flux"),
     ),
     "quality_errors_synthetic.png": (
-        lambda rows: errors_of(synthetic(rows), ("layer_l2_median", "layer_l2_p95")),
+        lambda rows: errors_of(all_seeds(synthetic(rows)), ("layer_l2_median", "layer_l2_p95")),
         lambda data: plots.error_by_method(data, "generated layers of FLUX's shapes"),
     ),
     "quality_layers.png": (
         lambda rows: layers_of(most_steps(rows)), lambda data: plots.error_by_layer(data, "mini-flux"),
     ),
     "quality_pareto.png": (
-        lambda rows: errors_of(most_steps(rows), ("layer_l2_median", "bytes", "psnr_db")),
+        lambda rows: rivals_of(errors_of(most_steps(rows), ("layer_l2_median", "bytes", "psnr_db", *LAYERS))),
         lambda data: plots.pareto(data, "mini-flux: bytes against error"),
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from convrot_bench.bars import Rows
 from convrot_bench.charts import Chart, bars
 from convrot_bench.html import Part
 from convrot_bench.quality.images import errors_of
-from convrot_bench.quality.tables import most_steps, synthetic
+from convrot_bench.quality.tables import all_seeds, most_steps, synthetic
 
 CAPTIONS = {  # file of docs/images -> what it shows
     "quality_sheet.png": "The first captions of the report, a row a method; below each picture its PSNR against BF16",
@@ -21,9 +21,15 @@ CAPTIONS = {  # file of docs/images -> what it shows
 
 def charts(rows: Rows) -> list[Chart]:
     """Errors by method, on mini-flux and on generated layers, and the pictures' PSNR."""
+    generated = all_seeds(synthetic(rows))
     found = [
         _by_method("Error of layers on mini-flux, median", most_steps(rows), "layer_l2_median", "{:.3f}"),
-        _by_method("Error of generated layers of FLUX's shapes, median", synthetic(rows), "layer_l2_median", "{:.3f}"),
+        _by_method(
+            "Error of generated layers of FLUX's shapes, median",
+            generated,
+            "layer_l2_median",
+            "{:.3f}",
+        ),
         _by_method("Pictures of mini-flux against BF16", most_steps(rows), "psnr_db", "{:.1f}"),
     ]
     return [chart for chart in found if chart is not None]

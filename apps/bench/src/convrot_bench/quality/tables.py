@@ -75,6 +75,12 @@ def synthetic(rows: Rows) -> Rows:
     return current([r for r in rows if r["shape"]["split"] == "report" and not r["shape"]["outputs"]], "quality")
 
 
+def all_seeds(rows: Rows) -> Rows:
+    """Of rows of generated layers those with the most seeds: bars and pictures are about these."""
+    most = max((r["shape"]["seeds"] for r in rows), default=0)
+    return [r for r in rows if r["shape"]["seeds"] == most]
+
+
 def by_shape(rows: Rows) -> dict[str, Rows]:
     """{shape as text: its rows}, in the order of the rows."""
     groups: dict[str, Rows] = {}
@@ -140,10 +146,12 @@ def _tables(rows: Rows, wanted: Callable[[str], bool]) -> str:
 
 
 def quality_synthetic_table(rows: Rows) -> str:
-    """docs/quality.md: errors on generated layers, by the kind of their inputs."""
-    rows = synthetic(rows)
-    if not rows:
-        return "No runs on generated layers are committed yet."
+    """docs/quality.md: errors on generated layers, by the kind of their inputs; a table a number of seeds."""
+    groups = sorted(by_shape(synthetic(rows)).values(), key=lambda group: -group[0]["shape"]["seeds"])
+    return "\n\n".join(map(_generated, groups)) or "No runs on generated layers are committed yet."
+
+
+def _generated(rows: Rows) -> str:
     titles = ["method", "multiplied", "MB", "median", "worst", *KINDS.values()]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for facts in figures(rows).values():
@@ -153,8 +161,9 @@ def quality_synthetic_table(rows: Rows) -> str:
         errors = [f"{facts[case]:.3f}" for case in ("layer_l2_median", "layer_l2_worst")]
         lines.append("| " + " | ".join([*cells, *errors, *kinds]) + " |")
     last, shape = rows[-1], rows[-1]["shape"]
+    seeds = "1 seed" if shape["seeds"] == 1 else f"{shape['seeds']} seeds"
     head = (
-        f"{shape['layers']} generated layers, {shape['seeds']} seeds each, {shape['tokens']} tokens, {last['gpu']}, "
+        f"{shape['layers']} generated layers, {seeds} each, {shape['tokens']} tokens, {last['gpu']}, "
         f"torch {last['torch']}, commit {last['commit']}: relative L2 of a layer's output; median over the layers, and "
         "the mean of each kind of inputs."
     )

@@ -87,7 +87,11 @@ def tiny_rows(tmp_path, table):
 TRACED = ("step", "families")  # every kind of block; to trace them again in each table would take a minute
 
 
-@pytest.mark.parametrize("table", TABLES)
+# kills and repeats whole conversions: half a minute
+SLOW = [pytest.param(table, marks=pytest.mark.slow) if table == "conversion" else table for table in TABLES]
+
+
+@pytest.mark.parametrize("table", SLOW)
 def test_every_table_runs_end_to_end_on_a_toy(tmp_path, no_peer, monkeypatch, table):
     if table not in TRACED:
         monkeypatch.setattr(nn.Module, "compile", lambda m, **options: setattr(m, "_compiled_call_impl", m._call_impl))

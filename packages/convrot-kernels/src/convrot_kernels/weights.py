@@ -10,6 +10,8 @@ the sum of the row, and rounding to nearest gets that sum wrong by sqrt(K / 12) 
 up to n steps, the n values nearest to the next code go there: the sum is right to half a step, for 0.5 % more error.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ FINE = (-0.15, 0.15, 64)  # around the best of those: 0.3 % apart
 STARTS = 8  # the best scales of the fine grid, from each of which the error is followed down
 ROUNDS = 12  # by which codes repeat
 _BLOCK = 1 << 22  # values sorted at a time: 100 MB of work space
+_FINENESS = 1 << 19  # of a step, to which values are told apart: with 1024 columns 30 bits
 
 
 def quantize_weight(
@@ -64,16 +67,29 @@ def balanced_codes(rotated: Tensor, scale: Tensor, group_size: int, qmax: int) -
     codes = steps.round().clamp_(-qmax, qmax)
     left = steps.sub_(codes)
     total = left.sum(-1, keepdim=True)
-    up = total.sign()
-    left.mul_(up).masked_fill_(codes * up >= qmax, -2.0)  # no code beyond the last
-    nearest_first = left.argsort(dim=-1, descending=True, stable=True)
-    moved = torch.arange(group_size, device=rotated.device) < total.abs().round()
-    return codes.scatter_add_(-1, nearest_first, moved * up).to(torch.int8).flatten(-2)
+    up, count = total.sign(), total.abs().round()
+    most = int(count.max()) if count.numel() else 0
+    # integers, each with its column in its last bits: sorted by values alone, and the same on every device
+    key = (left * up).clamp_(-1.0, 1.0).mul_(_FINENESS).round_().to(torch.int32)
+    key = key.masked_fill_(codes * up >= qmax, -_FINENESS)  # no code beyond the last
+    key = key.mul_(group_size).add_(torch.arange(group_size, dtype=torch.int32, device=key.device))
+    last = _sorted(key)[..., group_size - most :] & (group_size - 1)
+    moved = torch.arange(most, 0, -1, device=rotated.device) <= count
+    return codes.scatter_add_(-1, last.long(), moved * up).to(torch.int8).flatten(-2)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """(..., K) -> (..., K), every row from its least value on. NumPy's sort takes a tenth of torch's time on a CPU."""
+    if values.device.type == "cpu" and find_spec("numpy"):
+        import numpy
+
+        return torch.from_numpy(numpy.sort(values.numpy(), axis=-1))
+    return values.sort(dim=-1).values
 
 
 def mse_scale(rotated: Tensor, qmax: int) -> Tensor:
     """fp32 (N, K) -> fp32 (N,): the scales with the least squared error; NaN for rows that are not finite."""
-    values = rotated.abs().sort(dim=-1).values
+    values = _sorted(rotated.abs())
     finite = values[:, -1:].isfinite()
     row = _Row(values.masked_fill_(~finite, 0.0), qmax)
     scale = row.least(_around(values[:, -1:] / qmax, *COARSE), 1)

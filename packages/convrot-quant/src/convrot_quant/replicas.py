@@ -10,10 +10,12 @@ What is exchanged are Python objects, between CPUs: models and their values stay
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -91,9 +93,14 @@ def gather(items: Sequence[Item], here: World) -> list[Item]:
     return [item for part in found or () for item in part]
 
 
+@cache
 def _joined() -> PartialState:
     """The processes of this run know each other from the first call on, until they end: a group is not made twice."""
-    return PartialState(cpu=True, backend="gloo", timeout=WAIT)
+    state = PartialState(cpu=True, backend="gloo", timeout=WAIT)
+    atexit.register(
+        state.destroy_process_group
+    )  # else gloo's threads may abort the process at its end
+    return state
 
 
 def _number(name: str, default: int | None = None) -> int:

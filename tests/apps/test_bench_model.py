@@ -87,8 +87,9 @@ def tiny_rows(tmp_path, table):
 TRACED = ("step", "families")  # every kind of block; to trace them again in each table would take a minute
 
 
-# kills and repeats whole conversions: half a minute
-SLOW = [pytest.param(table, marks=pytest.mark.slow) if table == "conversion" else table for table in TABLES]
+# one kills and repeats whole conversions, the other starts two processes for each kind of sharding
+LONG = ("conversion", "parallel")
+SLOW = [pytest.param(table, marks=pytest.mark.slow) if table in LONG else table for table in TABLES]
 
 
 @pytest.mark.parametrize("table", SLOW)

@@ -97,9 +97,7 @@ def gather(items: Sequence[Item], here: World) -> list[Item]:
 def _joined() -> PartialState:
     """The processes of this run know each other from the first call on, until they end: a group is not made twice."""
     state = PartialState(cpu=True, backend="gloo", timeout=WAIT)
-    atexit.register(
-        state.destroy_process_group
-    )  # else gloo's threads may abort the process at its end
+    atexit.register(state.destroy_process_group)  # else gloo's threads may abort the process at its end
     return state
 
 

@@ -47,6 +47,7 @@ class FusedBlock(nn.Module):
 
     _stacks: dict[str, Stack]
     _inner: tuple[nn.Module, ...]
+    _were_hooked = False  # when the block last ran
 
     def stacked(self) -> Mapping[str, Sequence[nn.Module]]:
         """name -> layers that are multiplied as one."""
@@ -71,18 +72,33 @@ class FusedBlock(nn.Module):
 
         accelerate and diffusers hang theirs up as a `forward` of the instance.
         """
-        states = (module.__dict__ for module in self._inner)
-        if not any("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"] for state in states):
-            return False
-        if not torch.compiler.is_compiling():
+        hooked = any(_is_hooked(module) for module in self._inner)
+        if torch.compiler.is_compiling():
+            return hooked
+        if hooked:
             for stack in self._stacks.values():
                 stack.forget()  # hooks that move weights leave them there alone
-        return True
+        elif self._were_hooked:
+            self.join()
+        self._were_hooked = hooked
+        return hooked
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self.join()
         return self
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return True
+    if "forward" not in state:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    # hooks that were taken off leave the module its own method, as an attribute of the instance
+    return getattr(state["forward"], "__func__", None) is not type(module).forward
 
 
 def _join_after_loading(block: nn.Module, _: Any) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convrot_bench import ops, report, shapes
+from convrot_bench import html, ops, report, shapes
 from convrot_bench.bench import Bench, GateError, Job, run
 from convrot_bench.cli import app
 from convrot_bench.ops import costs, gates, linears, peers, problems, rotations, step
 from convrot_bench.ops.problems import Source, backends_of, prepared
 from convrot_bench.results import REQUIRED, Writer, load, ratio
+from convrot_bench.sections import SECTIONS
 from convrot_kernels import dispatch, reference, rotate_quantize, scaled_mm
 from convrot_kernels.testing import gemm_operations, make_inputs
 
@@ -435,6 +436,13 @@ def test_committed_tables_are_those_of_the_committed_results():
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     stale = report.update(sorted((ROOT / "docs" / "results").glob("*.jsonl")), pages, check=True)
     assert not stale, f"run convrot-bench report: {stale}"
+
+
+def test_the_committed_page_is_that_of_the_committed_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = sorted(Path("docs/results").glob("*.jsonl"))
+    source = html.gather(Path("docs/report.html"), files, images=Path("docs/images"))
+    assert not html.update(Path("docs/report.html"), source, SECTIONS, check=True), "run convrot-bench report"
 
 
 def test_committed_results_name_no_machine():

@@ -91,6 +91,18 @@ def test_balanced_rounding_moves_no_code_beyond_the_last(device: str) -> None:
         assert codes.abs().max() <= 7
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_balanced_rounding_of_a_group_that_is_clipped_as_a_whole(device: str, spread: float) -> None:
+    """60 groups, for which one of large values, all of one sign, is not worth a coarser scale."""
+    rotated = torch.randn(N, 15360, device=device)
+    rotated[:, :256] = 3 + spread * torch.randn(N, 256, device=device)
+    codes, scale = quantize_weight(rotate(rotated), rule="mse", rounding="balanced")
+    assert (rotated[:, :256] / scale[:, None]).mean() > 7
+    assert codes.abs().max() == 7
+    nearest = quantize_weight(rotate(rotated), rule="mse")[0]
+    assert (codes - nearest).abs().max() == 1
+
+
 def test_absmax_is_rotate_quantize(backend: str, device: str) -> None:
     weight = torch.randn(48, 512, dtype=torch.bfloat16, device=device)
     for got, expected in zip(quantize_weight(weight, packed=True), rotate_quantize(weight, packed=True), strict=True):

@@ -23,7 +23,7 @@ FINE = (-0.15, 0.15, 64)  # around the best of those: 0.3 % apart
 STARTS = 8  # the best scales of the fine grid, from each of which the error is followed down
 ROUNDS = 12  # by which codes repeat
 _BLOCK = 1 << 22  # values sorted at a time: 100 MB of work space
-_FINENESS = 1 << 19  # of a step, to which values are told apart: with 1024 columns 30 bits
+_FINENESS = 1 << 19  # of a step, to which values are told apart: with 1024 columns and a sign 31 bits
 
 
 def quantize_weight(
@@ -67,11 +67,13 @@ def balanced_codes(rotated: Tensor, scale: Tensor, group_size: int, qmax: int) -
     codes = steps.round().clamp_(-qmax, qmax)
     left = steps.sub_(codes)
     total = left.sum(-1, keepdim=True)
-    up, count = total.sign(), total.abs().round()
+    up = total.sign()
+    full = codes * up >= qmax  # no code beyond the last, even where a whole group is clipped
+    count = total.abs().round().minimum((~full).sum(-1, keepdim=True))
     most = int(count.max()) if count.numel() else 0
     # integers, each with its column in its last bits: sorted by values alone, and the same on every device
     key = (left * up).clamp_(-1.0, 1.0).mul_(_FINENESS).round_().to(torch.int32)
-    key = key.masked_fill_(codes * up >= qmax, -_FINENESS)  # no code beyond the last
+    key = key.masked_fill_(full, -2 * _FINENESS)
     key = key.mul_(group_size).add_(torch.arange(group_size, dtype=torch.int32, device=key.device))
     last = _sorted(key)[..., group_size - most :] & (group_size - 1)
     moved = torch.arange(most, 0, -1, device=rotated.device) <= count

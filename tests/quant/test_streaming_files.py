@@ -1,5 +1,6 @@
 """quantize_to: the files of load_and_quantize and save_quantized, with one layer in memory at a time."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -80,8 +81,10 @@ def test_a_weight_that_cannot_be_quantized_is_named(pipeline_folder: Path, tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' count of anonymous memory")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Seven more blocks, 50 MB more in 4 bits: the same peak, to within a layer and what malloc keeps."""
+    """Seven more blocks, 50 MB more in 4 bits: the same peak, to within a layer."""
     peaks = []
+    # or malloc keeps freed tensors, as many as chance has it: a range of 50 MB between equal runs
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     for blocks in (3, 10):
         model = FluxTransformer2DModel(
             num_layers=0, num_single_layers=blocks, num_attention_heads=8, joint_attention_dim=64
@@ -89,11 +92,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"{blocks}")
         del model
         command = [sys.executable, "-c", MEASURED, str(tmp_path / f"{blocks}"), str(tmp_path / f"out{blocks}"), "paper"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[0]))
     grown = sum(path.stat().st_size for path in (tmp_path / "out10").glob("*.safetensors"))
-    assert peaks[1] - peaks[0] < 16 * 2**20 < grown / 3
+    assert peaks[1] - peaks[0] < 4 * 2**20 < grown / 12
 
 
 def test_the_card_names_what_the_files_were_made_from_and_how_to_load_them(

@@ -24,12 +24,26 @@ def folder(make_flux: Callable[..., nn.Module], tmp_path_factory: pytest.TempPat
     return path
 
 
-@pytest.fixture
-def model(folder: Path) -> Any:
+def quantized_on_load(folder: Path) -> Any:
     from diffusers import FluxTransformer2DModel
 
     config = ConvRotConfig(quantization_device="cpu")
     return FluxTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized")
+    quantized_on_load(folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(quantized: Path) -> Any:
+    """A quantized transformer as users have it; read from files, which is faster than quantizing for every test."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel.from_pretrained(quantized, torch_dtype=torch.bfloat16)
 
 
 def test_layerwise_casting_is_refused_and_changes_nothing(model: Any, run: Callable[..., Tensor]) -> None:
@@ -184,9 +198,10 @@ def test_model_card_says_what_and_how(model: Any, folder: Path, tmp_path: Path) 
     assert path.read_text() == "my own words"
 
 
-def test_model_card_names_the_base_model_through_several_saves(model: Any, tmp_path: Path) -> None:
+def test_model_card_names_the_base_model_through_several_saves(folder: Path, tmp_path: Path) -> None:
     from diffusers import FluxTransformer2DModel
 
+    model = quantized_on_load(folder)
     model.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     model.save_pretrained(tmp_path / "first")
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "first")

@@ -46,12 +46,17 @@ def _random(model: nn.Module) -> nn.Module:
     return model
 
 
+_quantized: dict[str, nn.Module] = {}  # quantizing takes seconds, a copy does not
+
+
 def _pair(make_flux: Flux, config: QuantConfig | str = "ours", **options: Any) -> tuple[nn.Module, nn.Module]:
     """One model fused, and the same layer by layer."""
-    model = _random(make_flux(**options))
-    fused, plain = copy.deepcopy(model), model
-    quantize_(fused, config, progress=False)
-    quantize_(plain, config, fuse=False, progress=False)
+    key = f"{config} {sorted(options.items())}"
+    if key not in _quantized:
+        _quantized[key] = _random(make_flux(**options))
+        quantize_(_quantized[key], config, fuse=False, progress=False)
+    fused, plain = copy.deepcopy(_quantized[key]), copy.deepcopy(_quantized[key])
+    fuse_(fused)
     return fused, plain
 
 

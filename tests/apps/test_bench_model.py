@@ -1,34 +1,57 @@
 """convrot-bench model: every table end to end on a toy, and what the tables' parts do where no GPU is needed."""
 
 import json
+import re
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.spawn import ProcessException
 from typer.testing import CliRunner
 
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.cli import app
-from convrot_bench.model import TABLES, build, kernels, peer_layers, peers, plan, select, sides, sizes, step, timing
+from convrot_bench.model import (
+    TABLES,
+    build,
+    families,
+    kernels,
+    parallel,
+    peer_layers,
+    peers,
+    phases,
+    plan,
+    select,
+    sides,
+    sizes,
+    step,
+    timing,
+)
 from convrot_bench.model.breakdown import parts, traced
 from convrot_bench.model.configs import REAL, TINY, Rounds
-from convrot_bench.model.flux import BF16, OURS, UNFUSED, flux_side, shape_of
-from convrot_bench.model.sides import COMPILED, EAGER, GRAPH_OF, Contender
+from convrot_bench.model.flux import flux_sides, shape_of
+from convrot_bench.model.sides import BF16, COMPILED, EAGER, GRAPH_OF, OURS, UNFUSED, Contender
 from convrot_bench.results import REQUIRED, load
+from convrot_quant import ConvLinear4bit, apply
+from convrot_quant import plan as plan_of_layers
 
 ROOT = Path(__file__).parents[2]
 STEP_CASES = {
     "flux_weights", "flux_compile_seconds", "flux_step_compiled", "flux_step_compiled_vs_eager", "flux_step_eager",
+    "flux_step_compiled_unfused", "flux_step_eager_unfused",
 }  # fmt: skip
-UNFUSED_CASES = {"flux_step_compiled_unfused", "flux_step_eager_unfused"}
 FAMILY_CASES = {
     f"{model}_{case}"
     for model in ("sd35_large", "qwen_image")
     for case in ("weights", "step_compiled", "step_eager", "step_compiled_vs_eager")
 }
 CASES = {
-    "step": STEP_CASES | (UNFUSED_CASES if build.can_fuse() else set()),
+    "step": STEP_CASES,
     "sizes": {"flux_step_compiled", "flux_step_best"},
     "peers": {f"peer_{peer.name}" for peer in peers.PEERS},
     "families": FAMILY_CASES,
@@ -87,8 +110,8 @@ def tiny_rows(tmp_path, table):
 TRACED = ("step", "families")  # every kind of block; to trace them again in each table would take a minute
 
 
-# one kills and repeats whole conversions, the other starts two processes for each kind of sharding
-LONG = ("conversion", "parallel")
+QUANTIZING = ("loading", "conversion")  # what they time is also the search for weights
+LONG = ("conversion",)  # kills and repeats whole conversions
 SLOW = [pytest.param(table, marks=pytest.mark.slow) if table in LONG else table for table in TABLES]
 
 
@@ -106,6 +129,7 @@ def test_every_table_runs_end_to_end_on_a_toy(tmp_path, no_peer, monkeypatch, ta
         assert r["multiplied"] == "int4 codes, by the reference on a CPU"
         assert r["ours"] > 0
         assert "fused" in r
+        assert r["weights"] == ("mse, balanced" if table in QUANTIZING else "absmax")
         if r["unit"] in ("ms", "s/image"):
             assert r["p10"] <= r["ours"] <= r["p90"]
             assert r["runs"] >= 1
@@ -142,7 +166,7 @@ def check_step(rows):
     assert by_case["flux_step_compiled"]["runs"] == 4
     assert 0 < by_case["flux_step_eager"]["relative_l2"] < 0.5
     for case, row in by_case.items():
-        assert row["fused"] == (build.can_fuse() and not case.endswith("_unfused"))
+        assert row["fused"] == (not case.endswith("_unfused"))
 
 
 # kernels as profilers name them: torch 2.11 on an H200, inductor's, ours mangled and not, and ops on a CPU
@@ -252,7 +276,11 @@ def test_percentiles_are_samples():
 
 def test_long_steps_run_less_often():
     assert sizes.rounds_for(0.5, REAL.rounds) == Rounds(rounds=2, warmup=2, steps=10)
-    assert sizes.rounds_for(2.0, REAL.rounds) == Rounds(rounds=2, warmup=1, steps=5)
+    assert sizes.rounds_for(2.5, REAL.rounds) == Rounds(rounds=2, warmup=1, steps=3)
+    quick = select("cuda", tiny=False, quick=True)
+    assert (quick.rounds, quick.images) == (Rounds(3, 1, 5), Rounds(3, 0, 1))
+    assert sizes.rounds_for(0.5, quick.rounds) == Rounds(rounds=2, warmup=1, steps=5)
+    assert select("cpu", tiny=True, quick=True) == TINY  # which has no more than that
 
 
 def test_one_model_is_timed_eager_and_compiled_in_turns(monkeypatch):
@@ -263,8 +291,9 @@ def test_one_model_is_timed_eager_and_compiled_in_turns(monkeypatch):
         return lambda *args: calls.append(1) or graph(*args)
 
     monkeypatch.setattr(sides, "compile_options", lambda device: {"fullgraph": True, "backend": backend})
-    bench, _ = bench_on_cpu()
-    side = flux_side(bench, TINY, BF16)
+    bench, said = bench_on_cpu()
+    side = flux_sides(bench, TINY, said.append, BF16)[BF16]
+    assert said == ["building the 16-bit model"]  # and none is quantized
     eager = side.step(EAGER)
     assert not calls
     assert side.compile("cpu") > 0
@@ -334,6 +363,128 @@ def test_weights_count_a_storage_once():
     model.a, model.b = nn.Parameter(joined[:4]), nn.Parameter(joined[4:])
     model.register_buffer("c", torch.zeros(2, dtype=torch.int8))
     assert build.weight_bytes(model) == 8 * 4 * 4 + 2
+
+
+def storages(model):
+    return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+
+@torch.no_grad()
+def test_sides_come_from_one_model_that_is_built_and_quantized_once(monkeypatch):
+    built, quantized = [], []
+    transformer, copied = build.transformer, build.quantized_copy
+    monkeypatch.setattr(build, "transformer", lambda *a: built.append(1) or transformer(*a))
+    monkeypatch.setattr(build, "quantized_copy", lambda model: quantized.append(1) or copied(model))
+    three = flux_sides(bench_on_cpu()[0], TINY, lambda phase: None, BF16, OURS, UNFUSED)
+    assert (len(built), len(quantized)) == (1, 1)
+    assert [side.name for side in three.values()] == list(three) == [BF16, OURS, UNFUSED]
+    assert not any(isinstance(m, ConvLinear4bit) for m in three[BF16].model.modules())
+    assert [build.is_fused(side.model) for side in three.values()] == [False, True, False]
+    assert three[OURS].model.transformer_blocks[0]._stacks["image"]._parts  # joined, as in a model of its own
+    first, second, third = (storages(side.model) for side in three.values())
+    assert not first & second
+    assert not (first | second) & third
+    again = transformer("FluxTransformer2DModel", TINY.flux, "cpu")
+    apply(again, build.fast_plan(again), progress=False)
+    expected = again(**three[OURS].inputs, return_dict=False)[0]
+    assert torch.equal(three[OURS].step(), expected)
+    unfused = flux_sides(bench_on_cpu()[0], TINY, lambda phase: None, UNFUSED)
+    assert torch.equal(unfused[UNFUSED].step(), three[UNFUSED].step())
+
+
+def test_what_is_only_timed_has_the_schemes_and_bytes_of_ours_without_the_search():
+    model = build.transformer("FluxTransformer2DModel", TINY.flux, "cpu")
+    fast, ours = build.fast_plan(model), plan_of_layers(model, "ours")
+    assert fast.bytes_after == ours.bytes_after
+    assert {s.weight_rule for s in ours.values()} == {"mse"}
+    rules = {"weight_rule": "absmax", "weight_rounding": "nearest"}
+    assert dict(fast) == {name: replace(scheme, **rules) for name, scheme in ours.items()}
+
+
+@torch.no_grad()
+def test_shells_share_tensors_and_nothing_that_is_done_to_one():
+    side = flux_sides(bench_on_cpu()[0], TINY, lambda phase: None, BF16)[BF16]
+    shell = build.shell(side.model)
+    assert storages(shell) == storages(side.model)
+    before = side.step()
+    shell.transformer_blocks[0].register_forward_hook(lambda module, args, out: tuple(2 * x for x in out))
+    registry = attention_dispatch._AttentionBackendRegistry
+    active = registry.get_active_backend()[0]
+    shell.set_attention_backend("_native_math")
+    registry.set_active_backend(active)  # diffusers sets it for the process as well
+    for block in (*shell.transformer_blocks, *shell.single_transformer_blocks):
+        block._compiled_call_impl = block._call_impl
+    assert torch.equal(side.step(), before)
+    assert not torch.equal(shell(**side.inputs, return_dict=False)[0], before)
+    assert not side.model.transformer_blocks[0]._forward_hooks
+    assert side.model.transformer_blocks[0].attn.processor._attention_backend is None
+    assert side.model.transformer_blocks[0]._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("one", families.FAMILIES, ids=lambda one: one.key)
+def test_real_models_of_other_families_take_their_inputs(monkeypatch, one):
+    monkeypatch.setattr(nn.Module, "to", lambda model, device: model)  # a fake tensor cannot be moved in place
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = build.transformer(one.kind, getattr(REAL, one.key), "cpu")
+        inputs = one.inputs(model, REAL, "cpu", 1024, 1024, 1)
+        out = model(**inputs, return_dict=False)[0]
+    assert out.shape == inputs["hidden_states"].shape
+    assert out.dtype == torch.bfloat16
+
+
+def test_phases_are_told_on_stderr_with_the_seconds_since_the_table_began(capsys):
+    phases.Phases("step", time.time() - 61)("compiling")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"step, 61\.\d s: compiling\n", err)
+
+
+NOTES = [
+    {"what": "alone", "side": OURS, "how": EAGER, "spread": {"median": 0.08, "p10": 0.08, "p90": 0.08, "runs": 15}},
+    {"what": "alone", "side": BF16, "how": EAGER, "spread": {"median": 0.16, "p10": 0.16, "p90": 0.16, "runs": 15}},
+    {"what": "ulysses", "side": OURS, "distance": 0.1},
+    {"what": "ulysses", "side": BF16, "distance": 0.2},
+    {"what": "ulysses", "side": OURS, "how": EAGER, "spread": {"median": 0.05, "p10": 0.05, "p90": 0.05, "runs": 15}},
+    {"what": "ulysses", "side": BF16, "how": EAGER, "spread": {"median": 0.1, "p10": 0.1, "p90": 0.1, "runs": 15}},
+]
+
+
+class Processes:
+    """Two that write a note at each look, and fail or end after the last."""
+
+    def __init__(self, notes, fails):
+        self.notes, self.left, self.fails, self.processes = notes, list(NOTES), fails, []
+
+    def join(self, timeout):
+        if not self.left and self.fails:
+            raise ProcessException("Traceback\nRuntimeError: NCCL", 0, 1)
+        if not self.left:
+            return True
+        whole, half = json.dumps(self.left.pop(0)) + "\n", '{"what": "uly'
+        written = self.notes.read_text().removesuffix(half) if self.notes.exists() else ""
+        self.notes.write_text(written + whole + half * bool(self.left))
+        return False
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_of_several_gpus_are_there_as_soon_as_they_are_measured(monkeypatch, fails):
+    started = []
+
+    def spawn(work, arguments, nprocs, join):
+        started.append(Processes(arguments[0].notes, fails))
+        return started[0]
+
+    monkeypatch.setattr(parallel.multiprocessing, "spawn", spawn)
+    bench, said = bench_on_cpu()
+    rows = parallel.parallel(bench, TINY)
+    first = next(rows)
+    assert (first.case, first.ours, first.baseline) == ("flux_ulysses_eager", pytest.approx(50), pytest.approx(100))
+    assert (first.more["relative_l2"], first.more["weights"]) == (0.1, "absmax")
+    assert not started[0].left
+    rest = list(rows)
+    assert [row.case for row in rest] == ["flux_ulysses", "flux_ulysses_efficiency"]
+    assert rest[1].ours == pytest.approx(0.8)
+    assert said == ["not timed: parallel: a process failed: RuntimeError: NCCL"] * fails
 
 
 def test_models_are_drawn_from_one_seed():

@@ -158,7 +158,11 @@ def test_killed_half_way_leaves_the_old_one(folder: Path, file: Path, tmp_path: 
         assert others == []
     else:
         assert [path.name.startswith(".out") for path in others] == [True]
-    assert convrot("convert", source, out, "-q", "--overwrite").exit_code == 0
+    again = convrot("convert", source, out, "--overwrite")
+    assert again.exit_code == 0
+    warned = [f"convrot: warning: removed {path}, left by a run that was killed" for path in others]
+    assert [line for line in again.stderr.splitlines() if "warning" in line] == warned
+    assert list(tmp_path.iterdir()) == [out]
     assert convrot("verify", out, "-q").exit_code == 0
 
 

@@ -77,14 +77,16 @@ def model(
     size: Annotated[list[int] | None, typer.Option(help="pixels, of the table sizes (repeat); default: all")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="of the table sizes (repeat); default: all")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="of the table peers (repeat); default: all")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="half the steps, and medians over fewer")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="a toy of the same form, in seconds; never a result")] = False,
     device: Device = "auto",
 ) -> None:
     """Time whole models of real size with random weights, BF16 against ours and other projects against ours.
 
-    Each table stays below ten minutes on an H200 by itself.
+    Each table says on stderr which phase it is in, and writes a row once it is measured. With --quick most take a
+    minute or so on an H200; sizes and peers take that for each of theirs.
 
-    Example:  convrot-bench model --table step --out outputs/model.jsonl
+    Example:  convrot-bench model --table step --quick --out outputs/model.jsonl
 
     Example:  convrot-bench model --table sizes --size 2048 --batch 1 --out outputs/model.jsonl
 
@@ -102,7 +104,7 @@ def model(
     where, target = _device(device), out or (TINY_OUT if tiny else MODEL_OUT)
     if tiny and target.resolve().is_relative_to(MODEL_OUT.parent.resolve()):
         raise ValueError(f"model: --tiny measures no real model, and {target} is among results; use another --out")
-    scale = select(where, tiny=tiny, sizes=size or (), batches=batch or (), peers=peer or ())
+    scale = select(where, tiny=tiny, quick=quick, sizes=size or (), batches=batch or (), peers=peer or ())
     jobs = plan(scale, table or [])
     bar = partial(track, description="model", console=console, disable=not console.is_terminal, transient=True)
     run(Writer(target, "model"), prepare(where, console.print), jobs, bar)

@@ -7,6 +7,7 @@ from convrot_quant.convrot_config import ConvRotConfig
 from convrot_quant.fuse import fuse_, unfuse_
 from convrot_quant.graphs import cuda_graphs_
 from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.lora_files import LoraFile
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.patch import apply, dequantize_, plan, quantize_
 from convrot_quant.planner import plan_within
@@ -18,6 +19,7 @@ __all__ = [
     "ConvLinear4bit",
     "ConvRotConfig",
     "LayerPlan",
+    "LoraFile",
     "Plan",
     "QuantConfig",
     "Scheme",

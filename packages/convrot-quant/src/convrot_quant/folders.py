@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from convrot_quant.leftovers import beside, discard, held, sweep, temporary
 
 MARKS = ("model_index.json", "config.json")  # one of these with diffusers' _class_name makes a model folder
 
@@ -22,18 +22,14 @@ def replace_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[P
     again before the rename: of two runs without overwrite, the one that ends last fails.
     """
     target = Path(os.path.abspath(folder))
+    sweep(target)
     _refuse(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        building.mkdir()  # inside, since a signal may come right after it
+    with temporary(target, Path.mkdir) as building:
         yield building
         _sync(building)
         _refuse(target, overwrite)
         _swap(building, target, overwrite)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     _sync_folder(target.parent)
 
 
@@ -81,17 +77,18 @@ def _swap(building: Path, target: Path, overwrite: bool) -> None:
                 raise _exists(target) from None
             raise
         return
-    aside = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    os.rename(target, aside)
-    try:
-        os.rename(building, target)
-    except BaseException:
-        if target.exists():  # another run's folder took the place: the old one has been replaced after all
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    with held(target) as start:
+        aside = beside(target, "old", start)
+        os.rename(target, aside)
+        try:
+            os.rename(building, target)
+        finally:
+            if target.exists():  # the new one, or that of another run which took the place
+                rest = beside(target, "tmp", start)  # half-deleted it must never get its name back
+                os.rename(aside, rest)
+                discard(rest)
+            else:
+                os.rename(aside, target)
 
 
 def _sync(folder: Path) -> None:
@@ -117,18 +114,15 @@ def _sync_folder(folder: Path) -> None:
 def replace_file(file: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield the path of a sibling file to write; on success it becomes `file`, on any error it vanishes."""
     target = Path(os.path.abspath(file))
+    sweep(target)
     _refuse_file(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
+    with temporary(target, Path.touch) as building:
         yield building
         with building.open("rb+") as written:
             os.fsync(written.fileno())
         _refuse_file(target, overwrite)
         os.replace(building, target)
-    except BaseException:
-        building.unlink(missing_ok=True)
-        raise
     _sync_folder(target.parent)
 
 

@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, OURS, flux_side, shape_of
+from convrot_bench.model.flux import flux_sides, shape_of
 from convrot_bench.model.kernels import GAPS, OTHER, classify, sums
-from convrot_bench.model.sides import COMPILED, EAGER, Side, check_finite, facts
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import BF16, COMPILED, EAGER, OURS, Side, check_finite, facts
 from convrot_bench.model.timing import Spread, is_gpu, spread_of, time_once, versus
 from convrot_bench.results import Figure
 
@@ -30,11 +31,13 @@ Durations = dict[str, float]
 def breakdown(bench: Bench, scale: Scale) -> Iterator[Figure]:
     """A row for both sides, eager and compiled; the baseline is BF16's step run the same way."""
     torch._dynamo.reset()
-    sides = [flux_side(bench, scale, name) for name in (BF16, OURS)]
-    more = facts(bench, scale, fused=build.is_fused(sides[1].model), timing=WALL)
+    phase = Phases("breakdown")
+    sides = flux_sides(bench, scale, phase, BF16, OURS)
+    more = facts(bench, scale, fused=build.is_fused(sides[OURS].model), timing=WALL)
     for mode in (EAGER, COMPILED):
         walls: dict[str, Spread] = {}
-        for side in sides:
+        for side in sides.values():
+            phase(f"{side.name}, {mode}")
             if mode == COMPILED:
                 side.compile(bench.device)
             check_finite(f"{side.name}, {mode}", side.step(mode))

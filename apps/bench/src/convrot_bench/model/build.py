@@ -1,17 +1,20 @@
 """Models at real size with random weights, drawn where they are used: no file is read and nothing crosses a bus."""
 
-import inspect
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from convrot_quant import quantize_
+from convrot_quant import Plan, apply, fuse_, plan
 
 DTYPE = torch.bfloat16
 STD = 0.02
 SEED = 0
+# how weights are quantized: where only time and memory are measured, and where quantizing is
+FAST_RULES, OUR_RULES = "absmax", "mse, balanced"
 
 
 def build(make: Callable[[], nn.Module], device: str) -> Any:
@@ -47,15 +50,34 @@ def transformer(name: str, config: Mapping[str, Any], device: str) -> Any:
     return build(lambda: kind(**config), device)
 
 
-def can_fuse() -> bool:
-    """Whether quantize_ knows fused blocks."""
-    return "fuse" in inspect.signature(quantize_).parameters
+def fast_plan(model: nn.Module) -> Plan:
+    """The preset `ours` without its search: the same kernels and bytes, weights by their largest values."""
+    decided = plan(model, "ours")
+    for name, scheme in decided.items():
+        decided[name] = replace(scheme, weight_rule="absmax", weight_rounding="nearest")
+    return decided
 
 
-def quantize(model: nn.Module, *, fuse: bool) -> None:
-    """Ours, in place: with fused blocks where there are some, or layer by layer."""
-    options: dict[str, Any] = {"fuse": fuse} if can_fuse() else {}
-    quantize_(model, "ours", progress=False, **options)
+def quantized_copy(model: nn.Module) -> Any:
+    """Ours of a 16-bit model, layer by layer, which stays as it is; its large weights are never held twice."""
+    decided = fast_plan(model)
+    weights = [model.get_submodule(name).weight for name in decided]
+    copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
+    apply(copied, decided, fuse=False, progress=False)
+    return copied
+
+
+def fused_copy(model: nn.Module) -> Any:
+    """A model quantized layer by layer, copied whole, with fused blocks."""
+    copied = copy.deepcopy(model)
+    fuse_(copied)
+    return copied
+
+
+def shell(model: nn.Module) -> Any:
+    """Another model of the same tensors: what is set, hooked or compiled on the one is not on the other."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def is_fused(model: nn.Module) -> bool:

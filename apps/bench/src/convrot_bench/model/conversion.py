@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from convrot_bench.bench import Bench, GateError
-from convrot_bench.model.build import DTYPE, SEED, STD
+from convrot_bench.model.build import DTYPE, OUR_RULES, SEED, STD
 from convrot_bench.model.configs import Config, Scale
 from convrot_bench.model.flux import MODEL
+from convrot_bench.model.phases import Phases
 from convrot_bench.model.sides import facts
 from convrot_bench.model.timing import is_gpu
 from convrot_bench.results import Figure
@@ -71,16 +72,19 @@ def conversion(bench: Bench, scale: Scale) -> Iterator[Figure]:
             raise GateError(
                 f"conversion: {place} has {free / 1e9:.0f} GB free and needs 42; set TMPDIR to a larger disk"
             )
-        more = facts(bench, scale, fused=False, timing="wall clock of a process", file_system=_file_system(place))
-        yield from _whole(bench, scale, place, more)
+        phase, where = Phases("conversion"), {"file_system": _file_system(place), "weights": OUR_RULES}
+        more = facts(bench, scale, fused=False, timing="wall clock of a process", **where)
+        yield from _whole(bench, scale, place, more, phase)
         source = write_folder(place / "first", {**scale.flux, **FIRST_LAYERS})
-        yield from _first_layers(bench, source, place, more | {"layers": FIRST_LAYERS})
+        yield from _first_layers(bench, source, place, more | {"layers": FIRST_LAYERS}, phase)
 
 
-def _whole(bench: Bench, scale: Scale, place: Path, more: dict[str, Any]) -> Iterator[Figure]:
+def _whole(bench: Bench, scale: Scale, place: Path, more: dict[str, Any], phase: Phases) -> Iterator[Figure]:
     """Time against reading the same files, and memory against the model's own bytes."""
+    phase("writing the 16-bit folder")
     source, shape = write_folder(place / "bf16", scale.flux), {"model": MODEL}
     read, size = _read_all(source), _size(source)
+    phase("converting it")
     made = convert(source, place / "4bit", bench.device)
     more = more | {"bytes_read": size, "bytes_written": _size(place / "4bit"), "cache": "warm"}
     more |= {"quantizing": made.quantizing, "bytes_a_second": size / made.quantizing}
@@ -92,19 +96,23 @@ def _whole(bench: Bench, scale: Scale, place: Path, more: dict[str, Any]) -> Ite
     shutil.rmtree(place / "4bit")
 
 
-def _first_layers(bench: Bench, source: Path, place: Path, more: dict[str, Any]) -> Iterator[Figure]:
+def _first_layers(bench: Bench, source: Path, place: Path, more: dict[str, Any], phase: Phases) -> Iterator[Figure]:
+    """Rates of a cold disk and of two cores; what a kill leaves."""
     size, shape = _size(source), {"model": f"{MODEL}, first layers"}
     more = more | {"bytes_read": size}
+    phase("converting the first layers from a cold disk")
     _forget(source)
     disk = _read_all(source)
     _forget(source)
     whole = convert(source, place / "whole", bench.device)
     cold = more | {"cache": "cold", "seconds": whole.seconds, "bytes_a_second": size / whole.quantizing}
     yield Figure("flux_convert_cold", shape, whole.quantizing, disk, "s", "reading the cold files", cold)
+    phase(f"converting them on {CORES} cores")
     slow = convert(source, place / "cores", "cpu", cores=CORES)
     fields = more | {"cores": CORES, "seconds": slow.seconds, "bytes_a_second": size / slow.quantizing}
     fields |= {"host_peak": slow.host_peak}
     yield Figure("flux_convert_2_cores", shape, slow.quantizing, whole.quantizing, "s", f"{bench.device}, cold", fields)
+    phase("killing and repeating a conversion")
     left = kill_half_way(source, place / "killed", bench.device, _size(place / "whole") // 2)
     again = convert(source, place / "killed", bench.device)
     if differs := different_files(place / "killed", place / "whole"):

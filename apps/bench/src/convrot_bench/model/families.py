@@ -1,4 +1,4 @@
-"""One step of other models at 1024 x 1024, layers swapped one by one: what a model without fused blocks gets."""
+"""One step of other models at 1024 x 1024: what a model without fused blocks gets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ import torch
 from convrot_bench.bench import Bench
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, OURS, release, shape_of
-from convrot_bench.model.inputs import MakeInputs, qwen_inputs, sd3_inputs
-from convrot_bench.model.sides import COMPILED, EAGER, Contender, Side, built, check_finite, facts, quantized
+from convrot_bench.model.flux import shape_of
+from convrot_bench.model.inputs import Inputs, MakeInputs, qwen_inputs, sd3_inputs
+from convrot_bench.model.phases import Phases, Tell
+from convrot_bench.model.sides import BF16, COMPILED, EAGER, OURS, Contender, Side, check_finite, facts, sides_from
 from convrot_bench.model.timing import time_rounds, versus
 from convrot_bench.ops.gates import relative_l2
 from convrot_bench.results import Figure
@@ -36,17 +37,21 @@ FAMILIES = (
 def family(bench: Bench, scale: Scale, one: Family) -> Iterator[Figure]:
     """Eager and compiled, and the bytes of the weights."""
     torch._dynamo.reset()
-    sides = [family_side(bench, scale, one, name) for name in (BF16, OURS)]
-    outs = [side.step() for side in sides]
-    for side, out in zip(sides, outs, strict=True):
-        check_finite(f"{one.model}, {side.name}", out)
-    more = facts(bench, scale, fused=False, relative_l2=relative_l2(outs[1], outs[0]))
-    theirs, ours = (build.weight_bytes(side.model) for side in sides)
+    phase = Phases(one.model)
+    sides = family_sides(bench, scale, one, phase)
+    outs = {name: side.step() for name, side in sides.items()}
+    for name, out in outs.items():
+        check_finite(f"{one.model}, {name}", out)
+    fused = build.is_fused(sides[OURS].model)
+    more = facts(bench, scale, fused=fused, relative_l2=relative_l2(outs[OURS], outs[BF16]))
+    ours, theirs = (build.weight_bytes(sides[name].model) for name in (OURS, BF16))
     yield Figure(f"{one.key}_weights", {"model": one.model}, ours, theirs, "bytes", "BF16", more)
-    for side in sides:
+    for side in sides.values():
+        phase(f"compiling {side.name}")
         side.compile(bench.device)
         check_finite(f"{one.model}, {side.name}, compiled", side.step(COMPILED))
-    steps = {Contender(side.name, mode): side.bind(mode) for mode in (EAGER, COMPILED) for side in sides}
+    steps = {Contender(side.name, mode): side.bind(mode) for mode in (EAGER, COMPILED) for side in sides.values()}
+    phase("timing")
     spreads = time_rounds(steps, bench.device, scale.rounds)
     for mode, baseline_mode in ((COMPILED, COMPILED), (EAGER, EAGER), (COMPILED, EAGER)):
         case = f"{one.key}_step_{mode}" + ("" if mode == baseline_mode else f"_vs_{baseline_mode}")
@@ -55,13 +60,13 @@ def family(bench: Bench, scale: Scale, one: Family) -> Iterator[Figure]:
         yield versus(case, shape_of(scale.side), *pair, f"BF16 {baseline_mode}", fields)
 
 
-def family_side(bench: Bench, scale: Scale, one: Family, name: str) -> Side:
-    """BF16 or OURS, from the same weights."""
+def family_sides(bench: Bench, scale: Scale, one: Family, phase: Tell) -> dict[str, Side]:
+    """BF16 and OURS, from the same weights."""
 
     def make() -> Any:
         return build.transformer(one.kind, getattr(scale, one.key), bench.device)
 
-    maker = make if name == BF16 else quantized(make, fuse=False)
-    side = built(name, maker, lambda m: one.inputs(m, scale, bench.device, scale.side, scale.side, 1), bench.device)
-    release()
-    return side
+    def make_inputs(model: Any) -> Inputs:
+        return one.inputs(model, scale, bench.device, scale.side, scale.side, 1)
+
+    return sides_from(make, make_inputs, (BF16, OURS), bench.device, phase)

@@ -1,17 +1,14 @@
 """FLUX.1-dev's transformer as the sides that every table of it compares."""
 
-import gc
 from typing import Any
-
-import torch
 
 from convrot_bench.bench import Bench
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.inputs import flux_inputs
-from convrot_bench.model.sides import Side, built, quantized
+from convrot_bench.model.inputs import Inputs, flux_inputs
+from convrot_bench.model.phases import Tell
+from convrot_bench.model.sides import Side, sides_from
 
-BF16, OURS, UNFUSED = "bf16", "ours", "ours, layer by layer"
 MODEL = "FLUX.1-dev"
 
 
@@ -20,27 +17,20 @@ def make_flux(bench: Bench, scale: Scale) -> Any:
     return build.transformer("FluxTransformer2DModel", scale.flux, bench.device)
 
 
-def flux_side(bench: Bench, scale: Scale, name: str) -> Side:
-    """One of BF16, OURS, UNFUSED; all from the same weights."""
+def step_inputs(bench: Bench, scale: Scale, model: Any) -> Inputs:
+    """Of one step at the scale's size."""
+    return flux_inputs(model, scale, bench.device, scale.side, scale.side, 1)
+
+
+def flux_sides(bench: Bench, scale: Scale, phase: Tell, *names: str) -> dict[str, Side]:
+    """Some of BF16, OURS and UNFUSED, from the same weights."""
 
     def make() -> Any:
         return make_flux(bench, scale)
 
-    makers = {BF16: make, OURS: quantized(make, fuse=True), UNFUSED: quantized(make, fuse=False)}
-    side = built(
-        name, makers[name], lambda m: flux_inputs(m, scale, bench.device, scale.side, scale.side, 1), bench.device
-    )
-    release()
-    return side
+    return sides_from(make, lambda model: step_inputs(bench, scale, model), names, bench.device, phase)
 
 
 def shape_of(side: int, batch: int = 1, width: int | None = None) -> dict[str, Any]:
     """The shape of a step's row."""
     return {"height": side, "width": width or side, "batch": batch}
-
-
-def release() -> None:
-    """Give memory of the GPU back that nothing refers to any more."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -18,8 +18,9 @@ import torch
 from convrot_bench.bench import Bench
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import MODEL, make_flux, release
-from convrot_bench.model.sides import facts
+from convrot_bench.model.flux import MODEL, make_flux
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import facts, release
 from convrot_bench.model.timing import is_gpu
 from convrot_bench.results import Figure
 
@@ -65,26 +66,32 @@ def loading(bench: Bench, scale: Scale) -> Iterator[Figure]:
     """Quantize while reading, then load the saved model; each against loading the 16-bit model."""
     from convrot_quant import load_and_quantize, load_quantized, save_quantized
 
-    device, more = bench.device, facts(bench, scale, fused=True, timing="wall clock, files in memory")
+    device, phase = bench.device, Phases("loading")
+    more = facts(bench, scale, fused=True, timing="wall clock, files in memory", weights=build.OUR_RULES)
     with tempfile.TemporaryDirectory(dir=_place(scale), prefix="convrot-") as folder:
         source, saved = Path(folder) / "bf16", Path(folder) / "4bit"
+        phase("writing the 16-bit folder")
         model = make_flux(bench, scale)
         model.save_pretrained(source, max_shard_size="5GB")
         bytes_16bit, files_16bit = build.weight_bytes(model), _bytes_of(source)
         del model
+        phase("loading it")
         theirs = _timed(lambda: type_of(source).from_pretrained(source, dtype=torch.bfloat16).to(device), device)
         theirs.pop("model")
+        phase("quantizing while reading it")
         ours = _timed(lambda: load_and_quantize(source, "ours", device=device, progress=False), device)
         quantized = ours.pop("model")
         fields = more | _prefixed(ours, "") | _prefixed(theirs, "baseline_") | {"bytes_read": bytes_16bit}
         yield Figure(
             "flux_quantize_load", {"model": MODEL}, ours["seconds"], theirs["seconds"], "s", "BF16 load", fields
         )
+        phase("saving the 4-bit model")
         save_quantized(quantized, saved)
         yield Figure("flux_checkpoint", {"model": MODEL}, _bytes_of(saved), files_16bit, "bytes", "BF16 files", more)
         shutil.rmtree(source)
         size = build.weight_bytes(quantized)
         del quantized
+        phase("loading it")
         ours = _timed(lambda: load_quantized(saved, device=device), device)
         ours.pop("model")
         rate = size / ours["seconds"]

@@ -17,16 +17,17 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException
 
 from convrot_bench.bench import Bench
-from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, OURS, UNFUSED, shape_of
+from convrot_bench.model.flux import shape_of
+from convrot_bench.model.phases import Phases
 from convrot_bench.model.ranks import ALONE, COMPILED_ALONE, GRAPH, REPLICAS, RING, ULYSSES, Group, work
-from convrot_bench.model.sides import COMPILED, EAGER, Contender, facts
+from convrot_bench.model.sides import BF16, COMPILED, EAGER, OURS, UNFUSED, Contender, facts
 from convrot_bench.model.step import best
 from convrot_bench.model.timing import Spread, is_gpu, versus
 from convrot_bench.results import Figure
 
 CPU_PROCESSES = 2
+LOOK = 1.0  # seconds between two looks at what the processes have written
 CASES = {EAGER: "eager", COMPILED: "compiled", GRAPH: "graph"}
 Spreads = dict[Contender, Spread]
 
@@ -37,6 +38,7 @@ class Found:
 
     spreads: dict[str, Spreads] = field(default_factory=dict)  # of ALONE, REPLICAS, ULYSSES, RING
     distances: dict[str, dict[str, float]] = field(default_factory=dict)  # of ULYSSES, RING, COMPILED_ALONE, by side
+    over: set[str] = field(default_factory=set)  # those of REPLICAS, ULYSSES, RING that were timed every way
     refused: list[str] = field(default_factory=list)
 
 
@@ -45,24 +47,44 @@ def parallel(bench: Bench, scale: Scale) -> Iterator[Figure]:
     size = torch.cuda.device_count() if is_gpu(bench.device) else CPU_PROCESSES
     if size < 2:
         raise ValueError(f"it needs two GPUs or more, and torch sees {size}")
+    more, told = facts(bench, scale, fused=True), set()
     with TemporaryDirectory() as folder:
-        group = Group(size, bench.device, bench.backends, scale, Path(folder))
-        try:
-            multiprocessing.spawn(work, (group,), nprocs=size)
-        except ProcessException as error:
-            bench.refuse(f"parallel: a process failed: {str(error).strip().splitlines()[-1]}")
-        found = read(group.notes)
+        group = Group(size, bench.device, bench.backends, scale, Path(folder), Phases("parallel"))
+        for found in _watched(bench, group):
+            for figure in figures(found, size, scale, more):
+                if figure.case not in told:
+                    told.add(figure.case)
+                    yield figure
     for reason in found.refused:
         bench.refuse(reason)
-    yield from figures(found, size, scale, facts(bench, scale, fused=build.can_fuse()))
+
+
+def _watched(bench: Bench, group: Group) -> Iterator[Found]:
+    """Start the processes; what they have found up to now, again and again, and at their end."""
+    processes = multiprocessing.spawn(work, (group,), nprocs=group.size, join=False)
+    try:
+        while not processes.join(timeout=LOOK):
+            yield read(group.notes)
+    except ProcessException as error:
+        bench.refuse(f"parallel: a process failed: {str(error).strip().splitlines()[-1]}")
+    finally:
+        for process in processes.processes:
+            if process.is_alive():  # nobody waits for rows any more
+                process.terminate()
+    found = read(group.notes)
+    found.over |= {REPLICAS, ULYSSES, RING}  # there will be no more
+    yield found
 
 
 def read(notes: Path) -> Found:
-    """The lines of the processes; none where they have not come so far."""
+    """The whole lines of the processes; none where they have not come so far."""
     found = Found()
-    for line in notes.read_text().splitlines() if notes.exists() else ():
+    text = notes.read_text() if notes.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
         note = json.loads(line)
-        if "refused" in note:
+        if "over" in note:
+            found.over.add(note["over"])
+        elif "refused" in note:
             found.refused.append(note["refused"])
         elif "distance" in note:
             found.distances.setdefault(note["what"], {})[note["side"]] = note["distance"]
@@ -73,20 +95,28 @@ def read(notes: Path) -> Found:
 
 
 def figures(found: Found, size: int, scale: Scale, more: dict[str, Any]) -> Iterator[Figure]:
-    """Of each way: every mode that both sides have, the fastest of each, the efficiency, the distance."""
+    """Of each way: every mode that both sides have, the distance; once it is over the fastest, the efficiency."""
     shape = shape_of(scale.side) | {"gpus": size}
     for way in (ULYSSES, RING):
         spreads, errors = found.spreads.get(way, {}), found.distances.get(way, {})
-        fields = more | ({"relative_l2": errors[OURS], "baseline_relative_l2": errors[BF16]} if errors else {})
+        fields = more | _errors(errors)
         for how, name in CASES.items():
             ours, baseline = Contender(OURS, how), Contender(BF16, how)
             if ours in spreads and baseline in spreads:
                 modes = fields | {"how": how, "baseline_how": how}
                 yield versus(f"flux_{way}_{name}", shape, spreads[ours], spreads[baseline], f"BF16, {way}", modes)
-        yield from _best(f"flux_{way}", shape, spreads, found.spreads.get(ALONE, {}), fields, f"BF16, {way}")
         yield from _distance(f"flux_{way}_distance", shape, errors, found.distances.get(COMPILED_ALONE, {}), more)
-    replicas, alone = found.spreads.get(REPLICAS, {}), found.spreads.get(ALONE, {})
-    yield from _best("flux_replicas", shape, replicas, alone, more, "BF16, a replica on each")
+        if way in found.over:
+            yield from _best(f"flux_{way}", shape, spreads, found.spreads.get(ALONE, {}), fields, f"BF16, {way}")
+    if REPLICAS in found.over:
+        replicas, alone = found.spreads.get(REPLICAS, {}), found.spreads.get(ALONE, {})
+        yield from _best("flux_replicas", shape, replicas, alone, more, "BF16, a replica on each")
+
+
+def _errors(distances: dict[str, float]) -> dict[str, Any]:
+    if not {OURS, BF16} <= distances.keys():
+        return {}
+    return {"relative_l2": distances[OURS], "baseline_relative_l2": distances[BF16]}
 
 
 def _best(

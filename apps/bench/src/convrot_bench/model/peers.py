@@ -16,9 +16,21 @@ from torch import Tensor, nn
 from convrot_bench.bench import PEER_ERRORS, Bench, first_line
 from convrot_bench.model import build, peer_layers
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, OURS, flux_side, make_flux, release, shape_of
+from convrot_bench.model.flux import flux_sides, make_flux, shape_of
 from convrot_bench.model.peer_layers import linear_of, swapper
-from convrot_bench.model.sides import COMPILED, EAGER, Contender, Side, allocated, check_finite, facts
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import (
+    BF16,
+    COMPILED,
+    EAGER,
+    OURS,
+    Contender,
+    Side,
+    allocated,
+    check_finite,
+    facts,
+    release,
+)
 from convrot_bench.model.step import best
 from convrot_bench.model.timing import Rounds, is_gpu, time_rounds, versus
 from convrot_bench.ops.gates import gate_peer, relative_l2
@@ -76,16 +88,19 @@ class Attempt:
 def peers(bench: Bench, scale: Scale) -> Iterator[Figure]:
     """A row each. The model of the one is gone before the next is built; ours stays."""
     torch._dynamo.reset()
-    reference = flux_side(bench, scale, BF16)
+    phase = Phases("peers")
+    sides = flux_sides(bench, scale, phase, BF16, OURS)
+    reference, ours = sides.pop(BF16), sides[OURS]
     task = Task(bench, scale, reference.inputs, reference.step(), layer_sets(reference.model))
     check_finite(BF16, task.out)
     del reference
-    ours = flux_side(bench, scale, OURS)
+    release()
     more = facts(bench, scale, fused=build.is_fused(ours.model), our_l2=relative_l2(ours.step(), task.out))
     fresh = False
     for peer in PEERS:
         if scale.peers and peer.name not in scale.peers:
             continue
+        phase(peer.title)
         if not fresh:  # a peer's compiled blocks stand in the way of the next one's
             torch._dynamo.reset()
             ours.compile(bench.device)

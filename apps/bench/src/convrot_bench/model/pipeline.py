@@ -9,8 +9,9 @@ from torch import Tensor
 from convrot_bench.bench import Bench
 from convrot_bench.model import build
 from convrot_bench.model.configs import SCHEDULER, Scale
-from convrot_bench.model.flux import BF16, OURS, flux_side, shape_of
-from convrot_bench.model.sides import COMPILED, Side, check_finite, facts
+from convrot_bench.model.flux import flux_sides, shape_of
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import BF16, COMPILED, ENTRIES, OURS, Side, check_finite, facts
 from convrot_bench.model.timing import WALL, time_rounds, versus
 from convrot_bench.results import Figure
 
@@ -20,16 +21,21 @@ Encoders = dict[str, Any]  # components of a FluxPipeline
 def pipeline(bench: Bench, scale: Scale) -> Iterator[Figure]:
     """Both pipelines share text encoders and VAE; their transformers are compiled."""
     torch._dynamo.reset()
+    phase = Phases("pipeline")
+    sides = flux_sides(bench, scale, phase, BF16, OURS)
+    phase("building text encoders and VAE")
     shared = shared_parts(scale, bench.device)
-    sides = [flux_side(bench, scale, name) for name in (BF16, OURS)]
-    more = facts(bench, scale, fused=build.is_fused(sides[1].model), how=COMPILED, baseline_how=COMPILED)
+    more = facts(bench, scale, fused=build.is_fused(sides[OURS].model), how=COMPILED, baseline_how=COMPILED)
     more["timing"] = WALL
     draws = {}
-    for side in sides:
+    for side in sides.values():
+        phase(f"compiling and drawing once: {side.name}")
         side.compile(bench.device)
         draws[side.name] = drawer(side, shared, scale, bench.device)
-        check_finite(f"pipeline, {side.name}", draws[side.name](scale.pipeline_steps[0], "pt")[0])
+        with torch._dynamo.config.patch(recompile_limit=ENTRIES):  # for what a pipeline may pass otherwise than a step
+            check_finite(f"pipeline, {side.name}", draws[side.name](scale.pipeline_steps[0], "pt")[0])
     for count in scale.pipeline_steps:
+        phase(f"timing images of {count} steps")
         images = {name: _image(draw, count) for name, draw in draws.items()}
         spreads = time_rounds(images, bench.device, scale.images, wall=True)
         shape = shape_of(scale.side) | {"steps": count}

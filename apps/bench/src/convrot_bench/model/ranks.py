@@ -1,7 +1,8 @@
 """The processes of the table parallel: one a GPU, each with both models.
 
-The first one times its models by itself while the others wait; then all time their replicas at once; then all share
-every step, by Ulysses and by the ring. What is measured is written down at once, for parallel.py to read.
+Each builds and quantizes once; what it shares or compiles later are copies that have the same weights. The first one
+times its models by itself while the others wait; then all time their replicas at once; then all share every step, by
+Ulysses and by the ring. What is measured is written down at once, for parallel.py to make rows of.
 """
 
 import json
@@ -20,9 +21,23 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from convrot_bench.bench import ERRORS, Bench
+from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, OURS, UNFUSED, flux_side, release
-from convrot_bench.model.sides import COMPILED, EAGER, GRAPH_OF, Contender, Side, capture, check_finite
+from convrot_bench.model.flux import flux_sides, step_inputs
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import (
+    BF16,
+    COMPILED,
+    EAGER,
+    GRAPH_OF,
+    OURS,
+    UNFUSED,
+    Contender,
+    Side,
+    capture,
+    check_finite,
+    release,
+)
 from convrot_bench.model.timing import Rounds, Spread, is_gpu, time_rounds
 from convrot_bench.ops.gates import relative_l2
 
@@ -32,6 +47,7 @@ GRAPH = GRAPH_OF + EAGER
 ATTENTION = {ULYSSES: "native", RING: "_native_cudnn"}
 STEPS = 5  # timed a round: six models are to be timed in two minutes
 TIMEOUT = timedelta(seconds=120)  # of waiting for the others, who may compile for a quarter of it
+PAIR = (BF16, OURS)
 Steps = dict[Contender, Callable[[], Tensor]]
 Spreads = dict[Contender, Spread]
 Thing = TypeVar("Thing")
@@ -46,6 +62,7 @@ class Group:
     backends: tuple[str, ...]
     scale: Scale
     folder: Path
+    phase: Phases
 
     @property
     def on_gpus(self) -> bool:
@@ -81,6 +98,8 @@ def work(rank: int, group: Group) -> None:
     else:
         torch.set_num_threads(1)
     logging.set_verbosity_error()  # parallelism is experimental, diffusers says, for each model
+    if rank == 0:
+        group.phase(f"{group.size} processes have started")
     backend, store = "nccl" if group.on_gpus else "gloo", f"file://{group.folder / 'store'}"
     distributed.init_process_group(backend, store, TIMEOUT, rank=rank, world_size=group.size)
     with torch.no_grad(), _counted(group):
@@ -88,6 +107,7 @@ def work(rank: int, group: Group) -> None:
         one_gpu = here.alone()
         for way in (ULYSSES, RING) if group.on_gpus else (ULYSSES,):
             here.share(way, one_gpu)
+        here.phase("done")
     release()  # graphs go before what they call
     distributed.destroy_process_group()
 
@@ -109,49 +129,82 @@ class Rank:
         self.group, self.is_first = group, rank == 0
         self.bench = Bench(f"cuda:{rank}" if group.on_gpus else "cpu", group.backends)
         self._objects = distributed.new_group(backend="gloo", timeout=TIMEOUT)  # also to wait without using the GPU
+        sides = flux_sides(self.bench, group.scale, self.phase, BF16, UNFUSED)
+        self._sources = {name: side.model for name, side in sides.items()}  # nothing is ever run, hooked or compiled
+
+    def phase(self, what: str) -> None:
+        """What comes now, said by the first process."""
+        if self.is_first:
+            self.group.phase(what)
 
     def alone(self) -> dict[str, Tensor]:
         """Without the others, then at the same time as they; the eager output of each side."""
-        sides = self._sides()
+        self.phase(ALONE)
+        sides = self._sides(*PAIR)
         outs = {name: self._checked(side, ALONE) for name, side in sides.items()}
-        steps = self._fast(sides, ALONE)
-        if self.group.on_gpus:
-            self._note_compiled(sides[OURS], outs[OURS])
-            steps |= self._graphs(sides, ALONE)
-        mine = time_rounds(steps, self.bench.device, self.group.rounds) if self.is_first else {}
-        spreads = self._gather(mine)[0]  # who is not first waits here
-        self._write_spreads(ALONE, spreads)
+        steps: Steps = {}
+        spreads: Spreads = {}
+        for some in self._ways(sides, ALONE):
+            steps |= some
+            mine = time_rounds(some, self.bench.device, self.group.rounds) if self.is_first else {}
+            found = self._gather(mine)[0]  # who is not first waits here
+            self._write_spreads(ALONE, found)
+            spreads |= found
+        self.phase(REPLICAS)
         fastest = [min((c for c in spreads if c.side == s), key=lambda c: spreads[c].median) for s in sides]
         replicas = time_rounds({c: steps[c] for c in fastest}, self.bench.device, self.group.rounds)
         self._write_spreads(REPLICAS, together(self._gather(replicas)))
+        self._note(over=REPLICAS)
+        if self.group.on_gpus:
+            self.phase(COMPILED_ALONE)
+            if Contender(OURS, COMPILED) in steps:
+                self._note_compiled(sides[OURS], outs[OURS])
+            self._compile_unfused(sides[OURS].inputs)
         return outs
 
     def share(self, way: str, one_gpu: dict[str, Tensor]) -> None:
         """Every step by all processes."""
-        sides = self._sides()
+        self.phase(way)
+        sides = self._sides(*PAIR)
+        config = self.group.shared(way)  # one for both: every mesh has communicators of its own
         for name, side in sides.items():
             side.model.set_attention_backend(ATTENTION[way])
-            side.model.enable_parallelism(config=self.group.shared(way))
+            side.model.enable_parallelism(config=config)
             self._note(what=way, side=name, distance=relative_l2(self._checked(side, way), one_gpu[name]))
-        self._time(way, self._fast(sides, way))
-        if self.group.on_gpus:
-            self._time(way, self._graphs(sides, way))
+        for steps in self._ways(sides, way):
+            spreads = self._gather(time_rounds(steps, self.bench.device, self.group.rounds))
+            self._write_spreads(way, {c: max((s[c] for s in spreads), key=lambda s: s.median) for c in steps})
+        self._note(over=way)
 
-    def _sides(self) -> dict[str, Side]:
-        """Both models anew; the memory of older ones is free again."""
+    def _sides(self, *names: str) -> dict[str, Side]:
+        """Copies that nothing has been done to; those before them are gone, with what was compiled for them."""
         torch._dynamo.reset()
         release()
-        return {name: flux_side(self.bench, self.group.scale, name) for name in (BF16, OURS)}
+        copied = {
+            BF16: lambda: build.shell(self._sources[BF16]),
+            UNFUSED: lambda: build.shell(self._sources[UNFUSED]),
+            OURS: lambda: build.fused_copy(self._sources[UNFUSED]),
+        }
+        models = {name: copied[name]() for name in names}
+        return {name: Side(name, m, step_inputs(self.bench, self.group.scale, m)) for name, m in models.items()}
 
     def _checked(self, side: Side, what: str, mode: str = EAGER) -> Tensor:
         out = waited(side, mode)().clone()
         check_finite(f"{what}: {side.name}, {mode}", out)
         return out
 
-    def _fast(self, sides: dict[str, Side], what: str) -> Steps:
-        """Eager and, on GPUs, compiled steps."""
-        steps: Steps = {Contender(name, EAGER): waited(side, EAGER) for name, side in sides.items()}
-        for name, side in sides.items() if self.group.on_gpus else ():
+    def _ways(self, sides: dict[str, Side], what: str) -> Iterator[Steps]:
+        """Steps of both sides, one way after the other: eager and, on GPUs, compiled and as graphs."""
+        yield {Contender(name, EAGER): waited(side, EAGER) for name, side in sides.items()}
+        if self.group.on_gpus:
+            self.phase(f"{what}: compiling")
+            yield self._compiled(sides, what)
+            self.phase(f"{what}: capturing graphs")
+            yield self._graphs(sides, what)
+
+    def _compiled(self, sides: dict[str, Side], what: str) -> Steps:
+        steps: Steps = {}
+        for name, side in sides.items():
             if self._attempt(f"{what}: {name}, {COMPILED}", partial(side.compile, self.bench.device)) is not None:
                 steps[Contender(name, COMPILED)] = waited(side, COMPILED)
         return steps
@@ -166,18 +219,17 @@ class Rank:
                 steps[Contender(name, GRAPH)] = replay
         return steps
 
-    def _note_compiled(self, ours: Side, eager: Tensor) -> None:
-        """How far compiled steps are from eager ones on one GPU: of our model, and of its layers one by one."""
-        unfused = flux_side(self.bench, self.group.scale, UNFUSED)
-        outs = {OURS: eager, UNFUSED: self._checked(unfused, COMPILED_ALONE)}
-        for side in (ours, unfused):
-            if self._attempt(f"{COMPILED_ALONE}: {side.name}", partial(side.compile, self.bench.device)) is not None:
-                distance = relative_l2(self._checked(side, COMPILED_ALONE, COMPILED), outs[side.name])
-                self._note(what=COMPILED_ALONE, side=side.name, distance=distance)
+    def _compile_unfused(self, inputs: dict[str, Any]) -> None:
+        """What compiling does to our layers, run one by one."""
+        side = Side(UNFUSED, build.shell(self._sources[UNFUSED]), inputs)
+        eager = self._checked(side, COMPILED_ALONE)
+        if self._attempt(f"{COMPILED_ALONE}: {UNFUSED}", partial(side.compile, self.bench.device)) is not None:
+            self._note_compiled(side, eager)
 
-    def _time(self, what: str, steps: Steps) -> None:
-        spreads = self._gather(time_rounds(steps, self.bench.device, self.group.rounds))
-        self._write_spreads(what, {c: max((s[c] for s in spreads), key=lambda s: s.median) for c in steps})
+    def _note_compiled(self, side: Side, eager: Tensor) -> None:
+        """How far a side's compiled step on one GPU is from its eager one."""
+        distance = relative_l2(self._checked(side, COMPILED_ALONE, COMPILED), eager)
+        self._note(what=COMPILED_ALONE, side=side.name, distance=distance)
 
     def _attempt(self, label: str, make: Callable[[], Thing]) -> Thing | None:
         """What all processes can make, or None and a note where one cannot: they have to agree on what runs next."""

@@ -1,7 +1,7 @@
 """One side of a comparison: a model and what it is called with; its step eager, compiled, or as a CUDA graph."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
+from convrot_bench.model.phases import Tell
 from convrot_bench.model.timing import is_gpu, time_once, timing_of
 
+BF16, OURS, UNFUSED = "bf16", "ours", "ours, layer by layer"
 EAGER, COMPILED, GRAPH_OF = "eager", "compiled", "cuda graph of "
 FULLGRAPH = {"fullgraph": True}
 GRAPH_WARMUP = 3
 ENTRIES = 64  # graphs of one code object that torch keeps; all blocks of all sides share nn.Module's
+MakeInputsOf = Callable[[Any], dict[str, Any]]  # model -> what it is called with
 
 
 class Contender(NamedTuple):
@@ -85,7 +88,8 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # the watchdog of NCCL asks for its events from a thread of its own, which is none of the capture's business
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = step()
     except RuntimeError:
         torch.cuda.set_stream(here)  # a capture that fails leaves its own behind
@@ -123,7 +127,7 @@ def allocated(device: str) -> int:
     return torch.cuda.memory_allocated()
 
 
-def built(name: str, make: Callable[[], Any], make_inputs: Callable[[Any], dict[str, Any]], device: str) -> Side:
+def built(name: str, make: Callable[[], Any], make_inputs: MakeInputsOf, device: str) -> Side:
     """A side whose model `make` builds."""
     before = allocated(device)
     model = make()
@@ -131,10 +135,34 @@ def built(name: str, make: Callable[[], Any], make_inputs: Callable[[Any], dict[
     return Side(name, model, make_inputs(model), held)
 
 
+def sides_from(
+    make: Callable[[], Any], make_inputs: MakeInputsOf, names: Sequence[str], device: str, phase: Tell
+) -> dict[str, Side]:
+    """{name: side} of BF16, OURS, UNFUSED: the 16-bit model is built and quantized once, gone if not asked for."""
+    phase("building the 16-bit model")
+    sides = {BF16: built(BF16, make, make_inputs, device)}
+    if set(names) - {BF16}:
+        phase("quantizing a copy of it")
+        sides[UNFUSED] = built(UNFUSED, lambda: build.quantized_copy(sides[BF16].model), make_inputs, device)
+    if OURS in names:
+        sides[OURS] = built(OURS, lambda: build.fused_copy(sides[UNFUSED].model), make_inputs, device)
+    sides = {name: sides[name] for name in names}
+    release()
+    return sides
+
+
+def release() -> None:
+    """Give memory of the GPU back that nothing refers to any more."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def facts(bench: Bench, scale: Scale, **more: Any) -> dict[str, Any]:
-    """Fields of every row of a model."""
+    """Fields of every row of a model. `weights`: how ours are quantized; tables that time that say it themselves."""
     backend, options = bench.backends[0], compile_options(bench.device)
     fields = bench.facts(backend) | {
+        "weights": build.FAST_RULES,
         "multiplied": multiplied(backend, bench.device),
         "timing": timing_of(bench.device),
         "diffusers": version("diffusers"),
@@ -152,14 +180,3 @@ def multiplied(backend: str, device: str) -> str:
         return "int4 weights and activations on int4 tensor cores"
     where = {8: "Ampere and Ada", 9: "Hopper"}.get(major, "Blackwell")
     return f"int4 weights widened to int8 tensor cores on {where}"
-
-
-def quantized(make: Callable[[], Any], *, fuse: bool) -> Callable[[], Any]:
-    """-> a function that makes the model and quantizes it."""
-
-    def make_ours() -> Any:
-        model = make()
-        build.quantize(model, fuse=fuse)
-        return model
-
-    return make_ours

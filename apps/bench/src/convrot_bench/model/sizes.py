@@ -1,7 +1,6 @@
 """The FLUX.1-dev step at other sizes and batches: compiled, and the best of ours against the best of BF16."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -10,23 +9,38 @@ import torch
 from convrot_bench.bench import ERRORS, Bench
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, OURS, flux_side, release, shape_of
+from convrot_bench.model.flux import flux_sides, shape_of
 from convrot_bench.model.inputs import flux_inputs
-from convrot_bench.model.sides import COMPILED, EAGER, Contender, Side, check_finite, facts, graphs
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import (
+    BF16,
+    COMPILED,
+    EAGER,
+    OURS,
+    Contender,
+    Side,
+    check_finite,
+    facts,
+    graphs,
+    release,
+)
 from convrot_bench.model.step import Steps, best, peaks
-from convrot_bench.model.timing import Rounds, Spread, time_once, time_rounds, versus
+from convrot_bench.model.timing import Rounds, Spread, time_rounds, timed_once, versus
 from convrot_bench.results import Figure
 
 GRAPHED_BELOW = 0.3  # seconds a step: longer ones keep the GPU busy, and a graph has nothing to win
-ROUNDS = 2
-LONG, LONG_STEPS = 1.0, 5  # seconds a step, and how many of them are timed a round
+ALL = Rounds(rounds=2)
+LONG, LONG_ROUNDS = 2.0, Rounds(rounds=2, warmup=1, steps=3)  # where a step takes more than so many seconds
+Sides = dict[str, Side]
 
 
 def sizes(bench: Bench, scale: Scale) -> Iterator[Figure]:
     """Every size and batch; one that does not fit the memory is said, and the next goes on."""
-    sides = [flux_side(bench, scale, name) for name in (BF16, OURS)]
-    more = facts(bench, scale, fused=build.is_fused(sides[1].model))
+    phase = Phases("sizes")
+    sides = flux_sides(bench, scale, phase, BF16, OURS)
+    more = facts(bench, scale, fused=build.is_fused(sides[OURS].model))
     for size, batch in product(scale.sizes, scale.batches):
+        phase(f"{size} x {size}, batch {batch}")
         try:
             yield from _one(bench, scale, sides, shape_of(size, batch), more)
         except ERRORS as error:
@@ -34,9 +48,7 @@ def sizes(bench: Bench, scale: Scale) -> Iterator[Figure]:
         release()
 
 
-def _one(
-    bench: Bench, scale: Scale, sides: list[Side], shape: dict[str, Any], more: dict[str, Any]
-) -> Iterator[Figure]:
+def _one(bench: Bench, scale: Scale, sides: Sides, shape: dict[str, Any], more: dict[str, Any]) -> Iterator[Figure]:
     steps, seconds, most = _steps(bench, scale, sides, shape)
     if most:
         more = more | {"peak": most[OURS], "baseline_peak": most[BF16]}
@@ -48,28 +60,32 @@ def _one(
     yield _figure("flux_step_best", shape, spreads, fastest, more)
 
 
-def _steps(bench: Bench, scale: Scale, sides: list[Side], shape: dict[str, Any]) -> tuple[Steps, float, dict[str, int]]:
+def _steps(bench: Bench, scale: Scale, sides: Sides, shape: dict[str, Any]) -> tuple[Steps, float, dict[str, int]]:
     """What is timed at this shape, checked; the seconds of the longer side's compiled step; both sides' peaks."""
     torch._dynamo.reset()  # else the second shape would be compiled for any shape
     steps: Steps = {}
-    seconds = 0.0
-    for side in sides:
+    for side in sides.values():
         side.inputs = flux_inputs(side.model, scale, bench.device, *shape.values())
         side.compile(bench.device)
-        check_finite(f"{side.name} at {shape}", side.step(COMPILED))
         steps[Contender(side.name, COMPILED)] = side.bind(COMPILED)
-        seconds = max(seconds, time_once(side.bind(COMPILED)))
-    most = peaks({side.name: side for side in sides}, COMPILED, bench.device)  # before graphs keep memory of their own
-    for side in sides:
+    most = peaks(sides, COMPILED, bench.device)  # before graphs keep memory of their own
+    seconds = max(_checked_seconds(side, shape) for side in sides.values())
+    for side in sides.values():
         if seconds < GRAPHED_BELOW:
             steps |= graphs(bench, side, (EAGER, COMPILED))
     return steps, seconds, most
 
 
+def _checked_seconds(side: Side, shape: dict[str, Any]) -> float:
+    """Of one step, whose output is finite."""
+    seconds, out = timed_once(side.bind(COMPILED))
+    check_finite(f"{side.name} at {shape}", out)
+    return seconds
+
+
 def rounds_for(seconds: float, rounds: Rounds) -> Rounds:
     """Two rounds: there are many shapes. Of fewer steps where one takes long."""
-    short = replace(rounds, rounds=ROUNDS)
-    return replace(short, warmup=1, steps=LONG_STEPS) if seconds > LONG else short
+    return rounds.at_most(LONG_ROUNDS if seconds > LONG else ALL)
 
 
 def _figure(

@@ -9,8 +9,21 @@ from torch import Tensor
 from convrot_bench.bench import Bench
 from convrot_bench.model import build
 from convrot_bench.model.configs import Scale
-from convrot_bench.model.flux import BF16, MODEL, OURS, UNFUSED, flux_side, shape_of
-from convrot_bench.model.sides import COMPILED, EAGER, GRAPH_OF, Contender, Side, check_finite, facts, graphs
+from convrot_bench.model.flux import MODEL, flux_sides, shape_of
+from convrot_bench.model.phases import Phases
+from convrot_bench.model.sides import (
+    BF16,
+    COMPILED,
+    EAGER,
+    GRAPH_OF,
+    OURS,
+    UNFUSED,
+    Contender,
+    Side,
+    check_finite,
+    facts,
+    graphs,
+)
 from convrot_bench.model.timing import Spread, is_gpu, time_rounds, versus
 from convrot_bench.ops.gates import relative_l2
 from convrot_bench.results import Figure
@@ -31,20 +44,23 @@ def step(bench: Bench, scale: Scale) -> Iterator[Figure]:
     from torch._inductor.utils import fresh_cache
 
     torch._dynamo.reset()
-    names = (BF16, OURS, UNFUSED) if build.can_fuse() else (BF16, OURS)
-    sides = {name: flux_side(bench, scale, name) for name in names}
+    phase = Phases("step")
+    sides = flux_sides(bench, scale, phase, BF16, OURS, UNFUSED)
     more = facts(bench, scale, fused=build.is_fused(sides[OURS].model))
     yield _weights(sides, bench, more)
     outs = {side.name: _checked(side, EAGER) for side in sides.values()}
     more["relative_l2"] = relative_l2(outs[OURS], outs[BF16])
     eager_peaks = peaks(sides, EAGER, bench.device)
+    phase("compiling")
     with fresh_cache():  # compiling starts from nothing on the disk
         yield _compile(sides, bench, scale, more)
         if is_gpu(bench.device):
             yield _peak(eager_peaks, peaks(sides, COMPILED, bench.device), shape_of(scale.side), more)
         steps: Steps = {Contender(s.name, mode): s.bind(mode) for s in sides.values() for mode in (EAGER, COMPILED)}
+        phase("capturing graphs")
         for name in (BF16, OURS):
             steps |= graphs(bench, sides[name], (EAGER, COMPILED))
+        phase(f"timing {len(steps)} ways to run")
         spreads = time_rounds(steps, bench.device, scale.rounds)
     yield from step_figures(spreads, shape_of(scale.side), more)
 
@@ -69,12 +85,10 @@ def _compile(sides: dict[str, Side], bench: Bench, scale: Scale, more: dict[str,
     """
     if is_gpu(bench.device):
         torch.compile(torch.square)(torch.ones(64, device=bench.device))
-    seconds = {name: sides[name].compile(bench.device) for name in (OURS, BF16, UNFUSED) if name in sides}
+    seconds = {name: sides[name].compile(bench.device) for name in (OURS, BF16, UNFUSED)}
     for side in sides.values():
         _checked(side, COMPILED)
-    shape = shape_of(scale.side)
-    if UNFUSED in seconds:
-        more = more | {"unfused": seconds[UNFUSED]}
+    shape, more = shape_of(scale.side), more | {"unfused": seconds[UNFUSED]}
     return Figure("flux_compile_seconds", shape, seconds[OURS], seconds[BF16], "s", "BF16", more)
 
 
@@ -93,8 +107,7 @@ def peaks(sides: dict[str, Side], mode: str, device: str) -> dict[str, int]:
 
 def _peak(eager: dict[str, int], compiled: dict[str, int], shape: dict[str, Any], more: dict[str, Any]) -> Figure:
     more = more | {"how": COMPILED, "eager": eager[OURS], "baseline_how": COMPILED, "baseline_eager": eager[BF16]}
-    if UNFUSED in compiled:
-        more = more | {"unfused": compiled[UNFUSED], "unfused_eager": eager[UNFUSED]}
+    more |= {"unfused": compiled[UNFUSED], "unfused_eager": eager[UNFUSED]}
     return Figure("flux_peak", shape, compiled[OURS], compiled[BF16], "bytes", "BF16", more)
 
 

@@ -18,6 +18,7 @@ from convrot_bench.model.peers import PEERS, peers
 from convrot_bench.model.pipeline import pipeline
 from convrot_bench.model.sizes import sizes
 from convrot_bench.model.step import step
+from convrot_bench.model.timing import QUICK, QUICK_IMAGES
 from convrot_bench.results import Figure
 
 Measure = Callable[[Bench, Scale], Iterator[Figure]]
@@ -37,9 +38,15 @@ TABLES: dict[str, dict[str, Measure]] = {
 
 
 def select(
-    device: str, *, tiny: bool, sizes: Sequence[int] = (), batches: Sequence[int] = (), peers: Sequence[str] = ()
+    device: str,
+    *,
+    tiny: bool,
+    quick: bool = False,
+    sizes: Sequence[int] = (),
+    batches: Sequence[int] = (),
+    peers: Sequence[str] = (),
 ) -> Scale:
-    """What to measure on the device: all of a scale, or these sizes, batches and peers of it."""
+    """What to measure on the device: all of a scale, or these sizes, batches and peers of it; quick: half as often."""
     if torch.device(device).type != "cuda" and not tiny:
         raise ValueError(f"model: real sizes need a GPU, got device {device}; use --tiny to try the commands here")
     if unknown := [name for name in peers if name not in (known := [peer.name for peer in PEERS])]:
@@ -47,6 +54,8 @@ def select(
     if odd := [size for size in sizes if size % 16 or size < 16]:
         raise ValueError(f"model: a size must be a positive multiple of 16 pixels, got {odd[0]}")
     scale = TINY if tiny else REAL
+    if quick:
+        scale = replace(scale, rounds=scale.rounds.at_most(QUICK), images=scale.images.at_most(QUICK_IMAGES))
     chosen = replace(scale, sizes=tuple(sizes) or scale.sizes, batches=tuple(batches) or scale.batches)
     return replace(chosen, peers=tuple(peers))
 

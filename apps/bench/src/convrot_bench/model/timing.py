@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ EVENTS = "cuda events, steps back to back"
 WALL = "wall clock, each waited for"
 FACTORS = {"ms": 1e3, "s": 1.0, "s/image": 1.0}
 Key = TypeVar("Key")
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class Rounds:
     rounds: int = 3
     warmup: int = 2
     steps: int = 10
+
+    def at_most(self, other: "Rounds") -> "Rounds":
+        """The smaller of each number."""
+        return Rounds(*(min(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
+
+
+QUICK = Rounds(rounds=3, warmup=1, steps=5)
+QUICK_IMAGES = Rounds(rounds=3, warmup=0, steps=1)
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,16 @@ def _time_wall(step: Callable[[], Any], times: int) -> list[float]:
 
 def time_once(step: Callable[[], Any]) -> float:
     """Seconds of one call by the clock on the wall, from an idle GPU to an idle GPU."""
+    return timed_once(step)[0]
+
+
+def timed_once(step: Callable[[], Thing]) -> tuple[float, Thing]:
+    """The same, and what it returned."""
     _wait()
     start = time.perf_counter()
-    step()
+    made = step()
     _wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, made
 
 
 def _wait() -> None:

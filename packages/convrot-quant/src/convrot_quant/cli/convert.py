@@ -78,17 +78,18 @@ def command(
     hush(quiet=quiet)
     kind = to or (FormatName.comfy if out.suffix == SUFFIX else FormatName.diffusers)
     check_size(max_shard_size)
-    contents = convert(
-        source,
-        out,
-        to=kind.value,
-        keys=keys.value,
-        config=None if config is None else config_from(config),
-        group_size=group_size,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=output.progress,
-    )
+    with output.warnings():
+        contents = convert(
+            source,
+            out,
+            to=kind.value,
+            keys=keys.value,
+            config=None if config is None else config_from(config),
+            group_size=group_size,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=output.progress,
+        )
     written = [out] if out.is_file() else sorted(out.glob(f"*{SUFFIX}"))
     size = sum(path.stat().st_size for path in written)
     text = schemes_text(contents.schemes)

@@ -6,7 +6,9 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -62,6 +64,14 @@ class Output:
         """One line on stderr, also beside --json; not with --quiet."""
         if not self.quiet:
             typer.echo(f"convrot: warning: {text}", err=True)
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """What the library warns of inside, one line each."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("default", category=UserWarning, module="convrot_quant")
+            warnings.showwarning = lambda message, *_: self.warn(str(message))
+            yield
 
     def result(self, data: dict[str, Any]) -> None:
         """The command's result as JSON, when that was asked for."""

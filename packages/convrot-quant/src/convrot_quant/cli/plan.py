@@ -168,7 +168,7 @@ def command(
     output.show(planned.table(width=output.width), *result.lines(groups, unfused_blocks(empty, planned)))
     data: dict[str, object] = {"model": model, **result.to_dict()}
     if out is not None:
-        with replace_file(out, overwrite=overwrite) as building:
+        with output.warnings(), replace_file(out, overwrite=overwrite) as building:
             building.write_text(planned.to_json() + "\n", encoding="utf-8")
         output.show(f"plan: {out}; convrot quantize {model} -o FOLDER --plan {out}")
         data["out"] = str(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +85,7 @@ def command(
     place, folder = read_device(device), open_folder(model)
     check_globs([meta_transformer(path) for path in folder.transformers.values()], keep, override)
     loras = [LoraFile.parse(text) for text in lora or ()]
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: output.warn(str(message))
+    with output.warnings():
         plans = quantize_folder(
             folder,
             out,

@@ -257,7 +257,10 @@ def failures(pipeline: Path, quantized: Path, tmp_path: Path) -> dict[str, tuple
             ("quantize", quantized, "-o", tmp_path / "out"),
             "already quantized; start from the 16-bit",
         ),
-        "compare of a quantized one": (("compare", quantized, "-p", "x"), "compare starts from the 16-bit model"),
+        "compare of a quantized one": (
+            ("compare", quantized, "-p", "x"),
+            "is quantized; compare with the 16-bit model",
+        ),
         "bare transformer": (("generate", pipeline / "transformer", "-p", "x"), "a bare transformer cannot generate"),
         "plan that is no JSON": (plan, "bad.json: not valid JSON"),
         "into itself": (("quantize", pipeline, "-o", pipeline / "x"), "must lie outside of the model's own folder"),

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import convrot_quant.cli.generate
 from convrot_quant import save_quantized
 from convrot_quant.cli import app
+from convrot_quant.cli.options import read_device
 from convrot_quant.cli.output import sentences
 from convrot_quant.generation import size_multiple
 
@@ -71,6 +72,44 @@ def test_names_and_numbers_are_checked_before_the_work(pipeline_folder: Path, tm
         options = ("-o", "out", "--max-shard-size", size)
         refused(2, f"max_shard_size must be a size such as 5GB or 500MB, got '{size}'", "quantize", draw[1], *options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_work")
+def test_places_that_cannot_be_written_are_found_before_the_work(pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    draw, compare = (("generate", pipeline_folder, "-p", "x"), ("compare", pipeline_folder, "-p", "x"))
+    plan = ("plan", pipeline_folder, "--budget", "1GB")
+    message = f" cannot be made: {tmp_path / 'file'} is not a folder; choose another destination"
+    for arguments in (
+        (*draw, "-o", "file"),
+        (*draw, "-o", "file/x.png"),
+        (*draw, "--sheet", "file/s.png"),
+        (*compare, "--sheet", "file/s.png"),
+        (*plan, "-o", "file/p.json"),
+        (*plan, "--pareto", "file/p.png"),
+    ):
+        refused(1, message, *arguments, "-q")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lora_that_is_no_file_is_named(pipeline_folder: Path, tmp_path: Path) -> None:
+    for name in ("no.safetensors", "no.safetensors:0,5", "."):
+        message = f"convrot: {name}: no such file; give a LoRA (.safetensors), with its scale as FILE:0.8"
+        refused(1, message, "quantize", pipeline_folder, "-o", "out", "--lora", name, "-q")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_guidance_is_a_number(pipeline_folder: Path) -> None:
+    for guidance in ("nan", "inf"):
+        draw = ("generate", pipeline_folder, "-p", "x", "--steps", 1, "--guidance", guidance, "-q")
+        refused(2, f"guidance must be a finite number, got {guidance}", *draw)
+
+
+def test_what_is_compared_with_is_not_quantized(pipeline_folder: Path) -> None:
+    assert convrot("quantize", pipeline_folder, "-o", "four", "-q").exit_code == 0
+    draw = ("generate", "four", "--reference", "four", "-p", "x", "--sheet", "s.png", "-q")
+    refused(1, "convrot: four is quantized; compare with the 16-bit model", *draw)
+    assert [path.name for path in Path().iterdir()] == ["four"]
 
 
 def test_save_quantized_checks_the_shard_size_first(make_flux: Any, tmp_path: Path) -> None:
@@ -174,6 +213,7 @@ def test_a_plan_file_that_is_none_is_named(pipeline_folder: Path, content: str, 
 def test_devices_that_cannot_be_used(pipeline_folder: Path) -> None:
     draw = ("generate", pipeline_folder, "-p", "x", "-q")
     refused(2, "'meta' is not a device; use cpu, cuda or cuda:1", *draw, "--device", "meta")
+    assert read_device("cpu:3") == "cpu"
     for device in ("vulkan", "hpu") if torch.backends.mps.is_available() else ("mps", "hpu"):
         refused(1, f"convrot: --device {device}: not usable on this machine (", *draw, "--device", device)
 
@@ -198,6 +238,44 @@ def test_a_damaged_16_bit_weight_file_is_one_sentence(pipeline_folder: Path) -> 
         assert result.stderr.startswith("convrot: pipe")
         assert len(result.stderr.strip().splitlines()) == 1
     assert [path.name for path in Path().iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "vae/config.json"])
+def test_json_nested_without_end_is_one_sentence(pipeline_folder: Path, name: str) -> None:
+    shutil.copytree(pipeline_folder, "pipe")
+    (Path("pipe") / name).write_text("[" * 200_000)
+    refused(1, "maximum recursion depth exceeded", "generate", "pipe", "-p", "x", "-q")
+    if name != "vae/config.json":  # which is copied as it is
+        refused(1, f"convrot: pipe/{name}: not valid JSON (", "quantize", "pipe", "-o", "out", "-q")
+    assert [path.name for path in Path().iterdir()] == ["pipe"]
+
+
+def test_so_are_such_a_plan_and_such_an_index(pipeline_folder: Path, shards: Path) -> None:
+    Path("plan.json").write_text("[" * 200_000)
+    refused(1, "convrot: plan.json: not valid JSON", "quantize", pipeline_folder, "-o", "out", "--plan", "plan.json")
+    next(shards.glob("*.index.json")).write_text("[" * 200_000)
+    refused(1, ".index.json: not a shard index (", "verify", shards, "-q")
+
+
+def test_a_component_that_cannot_be_copied_is_one_sentence(pipeline_folder: Path) -> None:
+    shutil.copytree(pipeline_folder, "pipe")
+    (Path("pipe") / "vae" / "broken").symlink_to("nowhere")
+    message = "convrot: pipe/vae/broken cannot be copied ([Errno 2] No such file or directory); copy or download"
+    refused(1, message, "quantize", "pipe", "-o", "out", "-q")
+    assert [path.name for path in Path().iterdir()] == ["pipe"]
+
+
+def test_a_missing_16_bit_shard_is_one_sentence(pipeline_folder: Path, make_flux: Any) -> None:
+    shutil.copytree(pipeline_folder, "pipe", ignore=lambda _, names: [name for name in names if name == "transformer"])
+    make_flux().save_pretrained("pipe/transformer", max_shard_size="20MB")
+    missing = min(Path("pipe/transformer").glob("*.safetensors"))
+    missing.unlink()
+    for options in (("--preset", "none"), ()):
+        result = convrot("generate", "pipe", "-p", "x", "-q", *options)
+        assert result.exit_code == 1, result.exception
+        assert missing.name in result.stderr
+        assert "again" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_what_the_machine_lacks_is_a_sentence_and_a_bug_is_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,9 +193,10 @@ def test_model_card_says_what_and_how(model: Any, folder: Path, tmp_path: Path) 
     assert 'FluxTransformer2DModel.from_pretrained("model", dtype=torch.bfloat16)' in card
     assert "| transformer_blocks.{0-1}.attn.to_q | 2 | 512 x 512 |" in card
     assert "| norm_out.linear | 1 | 1024 x 512 | 1.00 MiB | 1.00 MiB | 16-bit: output layer |" in card
-    path.write_text("my own words")
-    model.save_pretrained(tmp_path / "model")
-    assert path.read_text() == "my own words"
+    for text in ("my own words", "gr\u00fcn"):
+        path.write_text(text, encoding="latin-1")  # the second is no UTF-8
+        model.save_pretrained(tmp_path / "model")
+        assert path.read_text(encoding="latin-1") == text
 
 
 def test_model_card_names_the_base_model_through_several_saves(folder: Path, tmp_path: Path) -> None:

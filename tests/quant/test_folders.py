@@ -1,11 +1,13 @@
 """replace_folder: the destination is whole or untouched, whatever fails and whenever."""
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from convrot_quant.folders import replace_folder
+from convrot_quant.folders import check_place, replace_file, replace_folder
 
 OLD = '{"_class_name": "FluxTransformer2DModel"}'
 
@@ -200,3 +202,35 @@ def test_of_two_overwriting_runs_one_is_whole_and_no_rest_is_left(old: Path, mon
     with pytest.raises(OSError, match="not empty"):
         write()
     assert tree(old.parent) == {"model/config.json": b"theirs"}
+
+
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_one(old: Path, replace: Any) -> None:
+    target = old if replace is replace_folder else old / "config.json"
+    before = tree(old.parent)
+
+    def write() -> None:
+        with replace(target, overwrite=True):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=f"^{target} was not written: No space left on device; make room") as caught:
+        write()
+    assert caught.value.__cause__ is not None
+    assert tree(old.parent) == before
+
+
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_a_place_that_cannot_be_written_is_named_first(
+    tmp_path: Path, replace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(target: Path, error: type[OSError], message: str) -> None:
+        with pytest.raises(error, match=message), replace(target):
+            raise AssertionError("the body must not run")
+
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file" / "a" / "b", NotADirectoryError, f"b cannot be made: {tmp_path / 'file'} is not a folder")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write where others may not
+    refused(tmp_path / "a" / "b", PermissionError, f"{tmp_path} is not yours to write; choose another")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.undo()
+    check_place(tmp_path / "a" / "b")

@@ -218,7 +218,7 @@ def test_the_command_merges_and_says_so(pipeline_folder: Path, files: Path, make
 
 @pytest.mark.parametrize(
     ("lora", "message"),
-    [("nothing.safetensors", "no nothing.safetensors"), ("bad.safetensors", "bad.safetensors: "), ("x.bin", "x.bin"),
+    [("nothing.safetensors", "no such file"), ("bad.safetensors", "bad.safetensors: "), ("x.bin", "x.bin"),
      ("good.safetensors:nan", "its scale must be a finite number, got nan")],
 )  # fmt: skip
 def test_the_command_refuses_a_bad_file_in_one_sentence(

@@ -24,6 +24,7 @@ def replace_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[P
     target = Path(os.path.abspath(folder))
     sweep(target)
     _refuse(target, overwrite)
+    check_place(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary(target, Path.mkdir) as building:
         yield building
@@ -31,6 +32,17 @@ def replace_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[P
         _refuse(target, overwrite)
         _swap(building, target, overwrite)
     _sync_folder(target.parent)
+
+
+def check_place(path: str | Path) -> None:
+    """Errors for a file or folder that cannot be made where it is to be, before there is anything to write."""
+    nearest = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {nearest} is not a folder; choose another destination")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{path} cannot be made: {nearest} is not yours to write; choose another destination, or change its rights"
+        )
 
 
 def _refuse(target: Path, overwrite: bool) -> None:
@@ -116,6 +128,7 @@ def replace_file(file: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     target = Path(os.path.abspath(file))
     sweep(target)
     _refuse_file(target, overwrite)
+    check_place(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary(target, Path.touch) as building:
         yield building

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     """The pipeline call's keyword arguments; an option that the pipeline does not have is refused, not dropped."""
     known = inspect.signature(pipe.__call__).parameters
     _check_size(pipe, settings)
+    if settings.guidance is not None and not math.isfinite(settings.guidance):
+        raise SettingsError(f"guidance must be a finite number, got {settings.guidance}; FLUX.1-dev's is 3.5")
     wanted = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance if settings.guidance is not None else _default(known, "guidance_scale"),

@@ -8,6 +8,7 @@ hosts may not be seen here, so what has another START, or none, is left alone: s
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -31,6 +32,7 @@ def _start() -> str | None:
         return None
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 START = None if fcntl is None else _start()
 
 
@@ -50,9 +52,13 @@ def temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
                 path = beside(target, "tmp", start)
                 os.rename(bare, path)
             yield path
-    except BaseException:
+    except BaseException as error:
         discard(bare)
         discard(path)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OSError(
+                f"{target} was not written: {os.strerror(error.errno)}; make room, or choose another destination"
+            ) from error
         raise
 
 

@@ -190,6 +190,8 @@ def _read(model: nn.Module, path: Path) -> tuple[dict[str, Tensor], Any, Any]:
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     loader = _loader(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a LoRA (.safetensors), with its scale as FILE:0.8")
     for name in read_header(path)[1]:
         for mark, what in _OTHERS.items():
             if mark in name:

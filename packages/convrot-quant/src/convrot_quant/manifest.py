@@ -119,7 +119,7 @@ def _plan_and_versions(path: Path, metadata: dict[str, str]) -> tuple[Plan, dict
         plan, versions = Plan.from_json(metadata[PLAN_KEY]), json.loads(metadata[VERSIONS_KEY])
         if not isinstance(versions, dict):
             raise ValueError(f"{VERSIONS_KEY} is not a JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its convrot metadata is damaged ({error}); save the model again") from None
     return plan, {str(key): str(value) for key, value in versions.items()}
 
@@ -131,8 +131,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise CheckpointError(f"{folder}: no config.json; give a model folder of diffusers") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise CheckpointError(f"{path}: no _class_name; it is not the config of a diffusers model")
     return config
@@ -156,7 +156,7 @@ def read_index(folder: Path) -> dict[str, str]:
         return {}
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a shard index ({error}); copy the folder again") from None
     entries = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(entries, dict):

@@ -45,7 +45,7 @@ def write_model_card(
 ) -> None:
     """Write README.md, unless there is one that somebody else wrote. `named`: what from_pretrained is to be given."""
     path = Path(folder) / "README.md"
-    if path.exists() and not _is_generated(path.read_text(encoding="utf-8")):
+    if path.exists() and not _is_generated(path.read_text(encoding="utf-8", errors="replace")):
         return
     path.write_text(model_card(model, base_model, named or Path(folder).name, subfolder), encoding="utf-8")
 

@@ -58,6 +58,14 @@ def open_folder(model: str | Path, *, weights: bool = True) -> ModelFolder:
     return _folder(_download(str(model), _TRANSFORMERS)) if not weights and folder.is_quantized else folder
 
 
+def open_16bit(model: str | Path) -> ModelFolder:
+    """open_folder for what others are compared with."""
+    folder = open_folder(model)
+    if folder.is_quantized:
+        raise ValueError(f"{folder.root} is quantized; compare with the 16-bit model")
+    return folder
+
+
 def _folder(root: Path) -> ModelFolder:
     """What kind of model folder this is."""
     if (root / "model_index.json").is_file():
@@ -183,11 +191,9 @@ def _loading(path: Path) -> Iterator[None]:
     """Whatever diffusers raises on damaged files, as one sentence that names the folder."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        reason = (
-            lines[0] if isinstance(error, (ValueError, SafetensorError)) else f"{lines[0]} ({type(error).__name__})"
-        )
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError, SafetensorError) as error:
+        lines, plain = str(error).strip().splitlines() or ["no reason given"], (ValueError, OSError, SafetensorError)
+        reason = lines[0] if isinstance(error, plain) else f"{lines[0]} ({type(error).__name__})"
         raise CheckpointError(f"{path}: diffusers cannot load it: {reason}; copy or download it again") from error
 
 
@@ -243,11 +249,21 @@ def _read_index(root: Path) -> dict[str, Any]:
     path = root / "model_index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise CheckpointError(f"{path}: no _class_name; it is not the index of a diffusers pipeline")
     return index
+
+
+def _copy_folder(source: Path, copy: Path) -> None:
+    try:
+        shutil.copytree(source, copy)
+    except shutil.Error as error:  # it goes on after a failure, and lists them all
+        file, _, reason = error.args[0][0]
+        raise OSError(
+            f"{file} cannot be copied ({reason.partition(': ')[0]}); copy or download the model again, or make room"
+        ) from None
 
 
 def _copy_components(folder: ModelFolder, building: Path) -> None:
@@ -255,7 +271,7 @@ def _copy_components(folder: ModelFolder, building: Path) -> None:
     for name in _read_index(folder.root):
         source = folder.root / name
         if name not in folder.transformers and not name.startswith("_") and source.is_dir():
-            shutil.copytree(source, building / name)
+            _copy_folder(source, building / name)
     for name in _ROOT_FILES:
         if (folder.root / name).is_file():
             shutil.copyfile(folder.root / name, building / name)

@@ -33,7 +33,7 @@ from convrot_quant.cli.output import Output, figures_table, hush
 from convrot_quant.cli.runs import check_image_file, picture_entries, prepare, preset_variant, write_sheet
 from convrot_quant.compare import compare
 from convrot_quant.generation import Settings
-from convrot_quant.pipeline import load_pipeline, open_folder
+from convrot_quant.pipeline import load_pipeline, open_16bit
 from convrot_quant.presets import PRESETS
 
 EXAMPLES = """Examples:
@@ -72,9 +72,7 @@ def command(
     prompts = read_prompts(prompt, prompts_file)
     settings = Settings(seed, steps, guidance, height, width, num_images, max_sequence_length)
     check_image_file(sheet, "--sheet")
-    names, place, folder = _preset_names(preset), read_device(device), open_folder(model)
-    if folder.is_quantized:
-        raise ValueError(f"{folder.root} is quantized; compare starts from the 16-bit model")
+    names, place, folder = _preset_names(preset), read_device(device), open_16bit(model)
     pipe = load_pipeline(folder, dtype=dtype.torch, device=place)
     path = folder.transformers["transformer"]
     arguments = prepare(output, pipe, prompts, settings)

@@ -52,6 +52,7 @@ from convrot_quant.pipeline import (
     fill_pipeline,
     load_pipeline,
     load_transformer,
+    open_16bit,
     open_folder,
     outline_pipeline,
 )
@@ -151,7 +152,7 @@ def command(
     if sheet is None:
         _draw(run)
     else:
-        _draw_both(run, folder if reference is None else open_folder(reference), sheet)
+        _draw_both(run, folder if reference is None else open_16bit(reference), sheet)
 
 
 def _check_graphs(cuda_graphs: bool | None, device: str, sheet: Path | None) -> None:
@@ -164,12 +165,11 @@ def _check_graphs(cuda_graphs: bool | None, device: str, sheet: Path | None) -> 
 def _check_files(out: Path, sheet: Path | None, count: int) -> None:
     """-o and --sheet against what is to be written there."""
     check_image_file(sheet, "--sheet")
-    if not _is_file(out):
-        return
-    if count * (1 if sheet is None else 2) > 1:
+    single = _is_file(out)
+    if single and count * (1 if sheet is None else 2) > 1:
         more = f"{count} images" if sheet is None else "16-bit and quantized images"
         raise typer.BadParameter(f"-o {out} is one file, but {more} are to be made: give a folder")
-    check_image_file(out, "-o")
+    check_image_file(out if single else out / "000.png", "-o")
 
 
 def _is_file(out: Path) -> bool:

@@ -139,6 +139,8 @@ def read_device(device: str) -> str:
         kind = "meta"
     if kind == "meta":  # a device without values
         raise typer.BadParameter(f"--device {device!r} is not a device; use cpu, cuda or cuda:1")
+    if kind == "cpu":
+        return kind  # cpu:0 and the like, which not every library below takes
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no usable CUDA GPU; use --device cpu")
     try:

@@ -36,7 +36,7 @@ from convrot_quant.cli.options import (
 from convrot_quant.cli.output import Output, hush
 from convrot_quant.cli.plan_result import Result
 from convrot_quant.cli.runs import prepare
-from convrot_quant.folders import replace_file
+from convrot_quant.folders import check_place, replace_file
 from convrot_quant.fuse import stacked_layers, unfused_blocks
 from convrot_quant.generation import Settings, generate
 from convrot_quant.latency import MACHINES, Workload
@@ -204,6 +204,8 @@ def _check_files(out: Path | None, pareto: Path | None, overwrite: bool) -> None
         raise FileExistsError(f"{out} exists; choose another destination, or overwrite it (--overwrite)")
     if pareto is not None:
         check_plot(pareto)
+    for path in filter(None, (out, pareto)):
+        check_place(path)
 
 
 def _one_transformer(folder: ModelFolder) -> Path:

@@ -126,7 +126,7 @@ def _read_plan(path: Path) -> Plan:
     """A plan's JSON, or the whole output of inspect --json with the one plan in it."""
     try:
         data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if isinstance(data, dict) and "components" in data:
         components = data["components"]

@@ -15,6 +15,7 @@ from torch import nn
 from convrot_quant.cli.options import describe, read_config
 from convrot_quant.cli.output import Output
 from convrot_quant.compare import Result, Variant
+from convrot_quant.folders import check_place
 from convrot_quant.generation import Settings, call_arguments, cut_prompts
 from convrot_quant.patch import plan
 from convrot_quant.streaming import load_and_quantize
@@ -32,6 +33,7 @@ def check_image_file(path: Path | None, option: str) -> None:
         Image.new("RGB", (16, 16)).save(io.BytesIO(), format=kind)
     except (KeyError, ValueError, OSError):
         raise typer.BadParameter(f"{option} {path}: images cannot be written under this name; use .png") from None
+    check_place(path)
 
 
 def prepare(output: Output, pipe: Any, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:

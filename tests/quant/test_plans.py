@@ -104,6 +104,14 @@ def test_json_errors_name_the_place(decided: Plan, change: dict, message: str) -
         Plan.from_json(json.dumps(decided.to_dict() | change))
 
 
+def test_a_layer_listed_twice_is_refused(decided: Plan) -> None:
+    data = decided.to_dict()
+    again = data["layers"][3] | {"scheme": None}
+    message = f"every layer must be listed once; '{again['name']}' is there 2 times"
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict(data | {"layers": [*data["layers"], again]})
+
+
 def test_json_errors_for_no_plan_at_all() -> None:
     with pytest.raises(ValueError, match="Plan: not valid JSON"):
         Plan.from_json("{")

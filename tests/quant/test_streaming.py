@@ -251,8 +251,16 @@ def test_refuses_plans_that_do_not_fit(folder: Path, make_flux: Flux) -> None:
         layer.update(values)
         return Plan.from_dict(data)
 
+    def without(name: str) -> Plan:
+        data = plan(meta_transformer(folder)).to_dict()
+        return Plan.from_dict(data | {"layers": [layer for layer in data["layers"] if layer["name"] != name]})
+
+    other = Plan.from_dict(plan(meta_transformer(folder)).to_dict() | {"model_class": "SD3Transformer2DModel"})
     scheme = plan(meta_transformer(folder))[LAYER].to_dict() | {"group_size": 1024}
     cases = [
+        (other, "the plan is one of SD3Transformer2DModel, not of FluxTransformer2DModel; plan this model first"),
+        (without(LAYER), f"the plan says nothing of '{LAYER}', not even that it stays in 16 bits; plan this model"),
+        (without("proj_out"), "the plan says nothing of 'proj_out'"),
         (plan(make_flux(2, 1)), "FluxTransformer2DModel has no linear 'transformer_blocks.1."),
         (changed(shape=[512, 256]), rf"'{LAYER}' cannot be quantized: it is \(512, 512\) here and \(512, 256\) in the"),
         (changed(scheme=scheme), rf"'{LAYER}' cannot be quantized: K=512 is not a multiple of group_size=1024; plan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -209,7 +210,11 @@ class Plan(dict[str, Scheme]):
         if not (isinstance(layers, list) and isinstance(model_class, str) and _is_count(other_bytes)):
             raise ValueError("Plan: layers must be a list, model_class a name and other_bytes a number of bytes")
         config = QuantConfig.from_dict(_entry(data, "config"))
-        return cls([LayerPlan.from_dict(layer) for layer in layers], config, model_class, other_bytes)
+        decoded = [LayerPlan.from_dict(layer) for layer in layers]
+        name, count = Counter(layer.name for layer in decoded).most_common(1)[0] if decoded else ("", 1)
+        if count > 1:
+            raise ValueError(f"Plan: every layer must be listed once; {name!r} is there {count} times; plan again")
+        return cls(decoded, config, model_class, other_bytes)
 
     def to_json(self) -> str:
         """The plan as JSON text."""

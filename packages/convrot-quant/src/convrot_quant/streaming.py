@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -254,9 +254,9 @@ def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) ->
         raise ValueError(f"{folder}: nothing to quantize: every linear stays in 16 bits; see `convrot inspect`")
     layers = {layer.name: layer for layer in linears(model)}
     planned = {layer.name: (layer.out_features, layer.in_features) for layer in decided.planned}
+    if mismatch := _other_model(decided, type(model).__name__, planned.keys() | decided.keys(), layers.keys()):
+        raise ValueError(f"{folder}: {mismatch}; plan this model first")
     for name, scheme in decided.items():
-        if name not in layers:
-            raise ValueError(f"{folder}: {type(model).__name__} has no linear {name!r}; plan this model first")
         shape = (layers[name].module.out_features, layers[name].module.in_features)
         reason = cannot_run(layers[name])
         if planned.get(name, shape) != shape:
@@ -266,6 +266,17 @@ def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) ->
         if reason:
             raise ValueError(f"{folder}: {name!r} cannot be quantized: {reason}; plan this model first")
     return decided
+
+
+def _other_model(decided: Plan, model_class: str, planned: Set[str], layers: Set[str]) -> str:
+    """What shows that a plan was made for another model, or ""."""
+    if decided.model_class != model_class:
+        return f"the plan is one of {decided.model_class}, not of {model_class}"
+    if unknown := sorted(planned - layers):
+        return f"{model_class} has no linear {unknown[0]!r}"
+    if missing := sorted(layers - planned):
+        return f"the plan says nothing of {missing[0]!r}, not even that it stays in 16 bits"
+    return ""
 
 
 def _load(model: nn.Module, name: str, source: _Source, device: torch.device | str) -> None:

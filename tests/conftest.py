@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from convrot_kernels import dispatch
 
@@ -14,8 +14,10 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 # the same few examples every time; HYPOTHESIS_PROFILE=long (nox -s tests_full) looks for new ones
-settings.register_profile("default", derandomize=True, max_examples=30, deadline=None, database=None)
-settings.register_profile("long", max_examples=500, deadline=None, print_blob=True)
+# and no clock decides: a machine may be busy with something else
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", derandomize=True, max_examples=30, database=None, **QUIET)
+settings.register_profile("long", max_examples=500, print_blob=True, **QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

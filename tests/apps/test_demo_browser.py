@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,13 +165,13 @@ def test_progress_appears_step_by_step_and_stop_ends_it(open_page: Callable[...,
 
 
 def slow(started: threading.Event, stopped: threading.Event) -> Callable[..., Any]:
-    """In the place of compare: steps for a minute, unless it is stopped."""
+    """In the place of compare: steps for minutes, unless it is stopped."""
 
     def steps(_models: Any, _job: Any, report: Callable[[Event], None], stop: threading.Event) -> None:
         started.set()
         for done in range(1, 600):
             report(Event(FULL, step=Step(done, 600, 0.1, None)))
-            if stop.wait(0.1):
+            if stop.wait(0.5):
                 stopped.set()
                 raise Stopped
         raise AssertionError("nobody stopped it")
@@ -185,14 +186,14 @@ def test_leaving_the_page_stops_its_job_and_stop_works_before_a_turn(
     monkeypatch.setattr(worker_file, "compare", slow(started, stopped))
     first, second = open_page(), open_page()
     first.locator("#generate").click()
-    assert started.wait(30)
+    assert started.wait(PATIENCE / 1000)
     expect(pane(first, 0).locator(".cr-status")).to_contain_text("of 600")
     started.clear()
     second.locator("#generate").click()
     expect(pane(second, 0)).to_contain_text("waiting for its turn")
     second.locator("#stop").click()
     first.close()
-    assert stopped.wait(30)
+    assert stopped.wait(PATIENCE / 1000)
     expect(pane(second, 0)).to_contain_text("stopped")
 
 
@@ -206,7 +207,9 @@ def test_a_full_line_refuses_with_a_message(
         for page, seen in ((served, "of 600"), (waiting, "waiting for its turn")):
             page.locator("#generate").click()
             expect(pane(page, 0)).to_contain_text(seen)
-        waiting.wait_for_timeout(1000)  # what is seen comes before the job is in line
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not len(server._queue) and time.monotonic() < deadline:  # what is seen comes before the job is in line
+            waiting.wait_for_timeout(50)
         refused.locator("#generate").click()
         expect(refused.locator("#message")).to_contain_text("This job was refused: the line is full")
         expect(refused.locator("#generate")).to_be_enabled()

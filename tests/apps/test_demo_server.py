@@ -87,7 +87,7 @@ def test_a_file_that_was_not_uploaded_is_not_read(url: str, monkeypatch: pytest.
     named = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.safetensors"}
     inputs = ["a red cube", "", 4.0, 0, 1, 3.5, 32, 32, "W4A4", 1.0, False, None, named]
     started = httpx.post(f"{url}gradio_api/call/generate", json={"data": inputs})
-    events = httpx.get(f"{url}gradio_api/call/generate/{started.json()['event_id']}", timeout=30).text
+    events = httpx.get(f"{url}gradio_api/call/generate/{started.json()['event_id']}", timeout=120).text
     assert "event: error" in events
     assert "event: complete" not in events
     assert not opened
@@ -135,7 +135,7 @@ def test_twenty_requests_at_once_all_finish_or_are_refused(worker: Worker, monke
         client = Client(page.local_url, verbose=False, download_files=False)
         options = {"prompt": "a red cube", **SMALL, "api_name": "/generate"}
         jobs = [client.submit(**options, seed=seed) for seed in range(20)]
-        answers = [job.exception(timeout=60) for job in jobs]
+        answers = [job.exception(timeout=120) for job in jobs]
     finally:
         page.close()
     refused = [str(error) for error in answers if error is not None]
@@ -149,17 +149,17 @@ def test_a_client_that_cancels_stops_its_job(client: Client, monkeypatch: pytest
     stopped = threading.Event()
 
     def endless(_models: Any, _job: Any, _report: Any, stop: threading.Event) -> None:
-        assert stop.wait(30)
+        assert stop.wait(120)
         stopped.set()
         raise Stopped
 
     monkeypatch.setattr(worker_file, "compare", endless)
     job = client.submit(**{"prompt": "a red cube", **SMALL}, api_name="/generate")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not job.outputs() and time.monotonic() < deadline:
         time.sleep(0.05)
     job.cancel()
-    assert stopped.wait(10)
+    assert stopped.wait(60)
 
 
 def test_mcp_offers_the_same_tool(worker: Worker) -> None:

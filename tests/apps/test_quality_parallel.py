@@ -1,6 +1,5 @@
 """`convrot-bench quality` under torchrun: two CPU processes give the rows of one."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,6 @@ from convrot_bench.results import load
 HOME = Path(__file__).parents[2] / "apps" / "mini-flux"
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def figures(path):
     return {row["case"]: row["ours"] for row in load([path])}
 
@@ -29,7 +22,7 @@ def test_two_processes_give_the_rows_of_one(tmp_path):
     few = ["--captions", "4", "--steps", "1", "--batch", "2", "--device", "cpu", "--method", "paper_w4a4"]
     command = ["quality", str(HOME / "weights"), "--judge", str(HOME / "judge.safetensors"), *few]
     one, two, kept = tmp_path / "one.jsonl", tmp_path / "two.jsonl", tmp_path / "pictures"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     launch += ["-m", "convrot_bench.cli", *command, "--out", str(two), "--pictures", str(kept)]
     done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -297,13 +296,13 @@ def test_what_the_machine_lacks_is_a_sentence_and_a_bug_is_a_traceback(capsys: p
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 def test_sigterm_leaves_nothing_behind(pipeline_folder: Path, tmp_path: Path) -> None:
-    arguments = [CONVROT, "quantize", str(pipeline_folder), "-o", str(tmp_path / "out"), "-q"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not any(tmp_path.glob(".out.tmp-*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    waits = "import time, convrot_quant.streaming as streaming; from convrot_quant.cli.app import main\n"
+    waits += "streaming.write_shards = lambda *_, **__: (print('writing', flush=True), time.sleep(120)); main()"
+    arguments = [sys.executable, "-c", waits, "quantize", str(pipeline_folder), "-o", str(tmp_path / "out"), "-q"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    assert [path.name.partition(".tmp-")[0] for path in tmp_path.iterdir()] == [".out"]
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 143

@@ -189,11 +189,12 @@ def convert(source: Path, out: Path, device: str, *, cores: int | None = None) -
 
 def kill_half_way(source: Path, out: Path, device: str, size: int) -> int:
     """Kill -9 the command once it has written `size` bytes. Nothing may be visible; returns the bytes left behind."""
-    process, begin = _start(source, out, device), time.perf_counter()
+    process, begin, ended = _start(source, out, device), time.perf_counter(), False
     while (written := sum(_size(path) for path in _unfinished(out))) < size:
-        if process.poll() is not None or time.perf_counter() - begin > GIVEN_UP:
+        if ended or time.perf_counter() - begin > GIVEN_UP:
             process.kill()
             raise GateError(f"conversion: it was to be killed at {size} bytes and ended at {written}")
+        ended = process.poll() is not None  # what it wrote last is counted once more
         time.sleep(SAMPLED / 10)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -207,7 +208,7 @@ def kill_half_way(source: Path, out: Path, device: str, size: int) -> int:
 
 
 def _unfinished(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f".{out.name}.tmp-*"))
+    return sorted(path for kind in ("tmp", "old") for path in out.parent.glob(f".{out.name}.{kind}-*"))
 
 
 def different_files(one: Path, other: Path) -> list[str]:

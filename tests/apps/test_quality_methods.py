@@ -11,7 +11,7 @@ from convrot_bench.quality.emulated import EmulatedLinear, Rotation
 from convrot_bench.quality.levers import Layer, Levers
 from convrot_bench.quality.methods import BASELINE, METHODS, Method, at_svdquant_bytes, cost, multiplied, rotated
 from convrot_bench.quality.roles import Roles, kind_of
-from convrot_bench.quality.rounding import gptq, leading, mse_scale, round_activation, round_to, round_weight
+from convrot_bench.quality.rounding import gptq, mse_scale, round_activation, round_to, round_weight
 from convrot_bench.quality.svdquant import GELU_SHIFT, SVDQuantLinear, branch_rank, svdquant
 from convrot_kernels import transforms
 from convrot_kernels.testing import make_inputs
@@ -293,19 +293,6 @@ def test_an_all_zero_row_stays_zero():
     assert weight_only.round_nf4(torch.zeros(2, 64)).eq(0).all()
 
 
-@pytest.mark.parametrize("shape", [(300, 700), (700, 300)])
-def test_leading_is_the_nearest_matrix_of_its_rank(shape):
-    """Of noise, nearly what its rank can hold; of a matrix of that rank, all of it."""
-    matrix = normal(*shape)
-    up, down = leading(matrix, 8)
-    held = float(torch.linalg.svdvals(matrix)[:8].square().sum())
-    assert float((matrix - up @ down).square().sum()) < float(matrix.square().sum()) - 0.985 * held
-    assert (up.shape, down.shape) == ((shape[0], 8), (8, shape[1]))
-    low = normal(shape[0], 8) @ normal(8, shape[1], seed=1)
-    up, down = leading(low, 8)
-    assert float((low - up @ down).norm() / low.norm()) < 1e-5
-
-
 # rivals
 
 
@@ -398,7 +385,7 @@ def test_every_method_makes_a_layer_with_its_cost(name):
         assert error(made, x, layer.linear) < (0.5 if name == "rtn" else 0.3)
         found = cost(made)
         assert sum(found.macs.values()) >= 64 * 512
-        assert found.bytes < 64 * 512 * 2
+        assert found.bytes < 64 * 512 * 2 + 2 * preset.low_rank * (64 + 512)
 
 
 @pytest.mark.parametrize("name", ["sylvester256", "svdquant_style", "lever_shift", "regular1024"])

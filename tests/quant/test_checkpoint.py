@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ def content(path: Path) -> object:
     return metadata, {name: (t.dtype, t.shape, t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("preset", ["ours", "paper-mixed", "w8a16"])
+@pytest.mark.parametrize("preset", ["ours", "ours-r16", "paper-mixed", "w8a16"])
 @pytest.mark.parametrize("size", ["5GB", "3MB"])
 def test_round_trip_is_bit_equal(make_flux: Flux, run: Run, tmp_path: Path, preset: str, size: str) -> None:
     model = make_flux()
@@ -217,23 +217,35 @@ def test_refuses_to_save_what_it_cannot(make_flux: Flux, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+FULL = "{} was not written: No space left on device; make room, or choose another destination"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), FULL),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),
+        (SafetensorError("Error while serializing: a damaged tensor"), "Error while serializing: a damaged tensor"),
+    ],
+)
 def test_a_save_that_fails_half_way_keeps_the_old_folder(
-    make_flux: Flux, shards: Path, monkeypatch: pytest.MonkeyPatch
+    make_flux: Flux, shards: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     model = make_flux(seed=9)
     quantize_(model, progress=False)
     written = []
 
-    def full_disk(tensors: dict, path: str, metadata: dict) -> None:
+    def fails(tensors: dict, path: str, metadata: dict) -> None:
         if len(written) == 2:
-            raise OSError(28, "No space left on device")
+            raise error
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(convrot_quant.checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(convrot_quant.checkpoint, "save_file", fails)
+    with pytest.raises(OSError if message == FULL else SafetensorError) as caught:
         save_quantized(model, shards, max_shard_size="3MB", overwrite=True)
+    assert str(caught.value) == message.format(shards)
     assert len(written) == 2
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
     assert [path.name for path in shards.parent.iterdir()] == ["shards"]

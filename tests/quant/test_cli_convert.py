@@ -123,7 +123,9 @@ def test_config_from_a_folder_where_the_file_has_none(folder: Path, file: Path, 
     assert all(torch.equal(t, load_file(folder / WEIGHTS)[n]) for n, t in load_file(tmp_path / "out" / WEIGHTS).items())
 
 
-def test_failures_are_one_sentence_and_leave_nothing(pipeline_folder: Path, file: Path, tmp_path: Path) -> None:
+def test_failures_are_one_sentence_and_leave_nothing(
+    pipeline_folder: Path, folder: Path, file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"x")
     cases = {
         "16-bit": ((pipeline_folder, tmp_path / "out"), "is not quantized; write a quantized folder with"),
@@ -133,6 +135,14 @@ def test_failures_are_one_sentence_and_leave_nothing(pipeline_folder: Path, file
         "a folder with the source": ((file, file.parent, "--overwrite"), "is, holds or lies in what is read"),
         "exists": ((file, tmp_path / "x.ckpt", "--format", "comfy"), "exists; choose another destination"),
         "not a model folder": ((file, tmp_path, "--overwrite"), "so it is not overwritten"),
+        "a file's rotation": (
+            (file, tmp_path / "out", "--group-size", 256),
+            f"{file}: --group-size is only for official",
+        ),
+        "a folder's": (
+            (folder, tmp_path / "o.safetensors", "--group-size", 64),
+            "files say theirs; got 64, leave it out",
+        ),
     }
     for case, (arguments, message) in cases.items():
         result = convrot("convert", *arguments, "-q")

@@ -91,7 +91,7 @@ def test_quantizes_on_load_as_quantize_does(kind: str, folders: dict[str, Path])
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "500KB"])
-@pytest.mark.parametrize("preset", ["text-encoder", "w4a8"])
+@pytest.mark.parametrize("preset", ["text-encoder", "w4a8", "w4a8-r8"])
 def test_saving_and_loading_is_bit_equal(
     kind: str, folders: dict[str, Path], preset: str, shard_size: str, tmp_path: Path
 ) -> None:

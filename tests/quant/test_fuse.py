@@ -126,7 +126,7 @@ def test_a_stack_quantizes_once_for_each_scheme_and_joins_neighbours() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("preset", ["ours", "w8a8", "paper-mixed"])
+@pytest.mark.parametrize("preset", ["ours", "ours-r16", "w8a8", "paper-mixed"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_fused_block_computes_what_its_layers_do(make_flux: Flux, name: str, preset: str, batch: int) -> None:
     # in fp32 nothing is left of what folding leaves out: roundings to 16 bits, which flip codes
@@ -140,7 +140,7 @@ def test_a_fused_block_computes_what_its_layers_do(make_flux: Flux, name: str, p
         assert _distance(actual, expected) < 2e-3
 
 
-@pytest.mark.parametrize("preset", ["ours", "paper", "paper-mixed", "w4a8"])
+@pytest.mark.parametrize("preset", ["ours", "ours-r16", "paper", "paper-mixed", "w4a8"])
 def test_every_preset_stays_as_close_to_16_bits_as_unfused(make_flux: Flux, run: Run, preset: str) -> None:
     fused, plain = _pair(make_flux, preset)
     exact = run(_random(make_flux()))

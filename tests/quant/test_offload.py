@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import convrot_quant.offload
 from convrot_quant import QuantConfig
 from convrot_quant.fuse import unfuse_
 from convrot_quant.generation import Settings, generate
@@ -242,7 +243,8 @@ def test_sequential_offload_and_tiles_are_diffusers_own(monkeypatch: pytest.Monk
 
 
 def test_the_budget_is_what_is_free_or_a_limit_that_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = []
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(convrot_quant.offload, "_limited", set())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * GB, 24 * GB))
     monkeypatch.setattr(
@@ -256,3 +258,7 @@ def test_the_budget_is_what_is_free_or_a_limit_that_torch_keeps(monkeypatch: pyt
     with pytest.raises(ValueError, match=r"29.8 GiB is more memory than cuda has \(22.4 GiB\); give less"):
         budget("cuda", 32 * GB)
     assert budget("cpu", None) is None
+    del limits[:]
+    assert budget("cuda", None) == 20 * GB
+    assert budget("cuda", None) == 20 * GB
+    assert limits == [(1.0, 0)]  # lifted for a run without a limit, once; the other GPU's stays

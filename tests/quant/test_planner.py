@@ -111,7 +111,7 @@ def test_a_plan_holds_its_budget_and_misses_the_best_by_less_than_a_step(seed: i
 def test_a_layer_counts_by_its_error_on_gaussian_inputs() -> None:
     linear = nn.Linear(1024, 256, bias=False)
     x = torch.randn(256, 1024)
-    for name in ("W4A4", "W4A4-absmax", "W4A8", "W4A16", "W8A8"):
+    for name in ("W4A4", "W4A4-absmax", "W4A8", "W4A16", "W8A8", "W4A4-r64", "W4A8-r64"):
         scheme = Scheme.parse(name)
         found = weight_scores([("a", linear.weight.detach())], {"a": (scheme,)}, progress=False)
         with torch.no_grad():
@@ -151,13 +151,15 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         weight_scores([("a.b", weight)], {"a.b": (W4A4,)}, progress=False)
 
 
+@pytest.mark.parametrize("preset", ["paper", "ours-r16"])
 def test_outputs_are_scored_as_compare_measures_them(
+    preset: str,
     flux: nn.Module,
     make_flux: Callable[..., nn.Module],
     run: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decided = plan(flux, "paper")
+    decided = plan(flux, preset)
     with LayerProbe(flux, decided, expected_calls=1) as probe:
         run(flux)
     some = output_scores(flux, probe, schemes_of([decided]), progress=False)
@@ -167,7 +169,7 @@ def test_outputs_are_scored_as_compare_measures_them(
     quantize_(quantized, decided.config, fuse=False, progress=False)
     measured = probe.errors(quantized, decided)
     assert {name: found.errors[name, scheme] for name, scheme in decided.items()} == pytest.approx(measured)
-    assert some.errors == pytest.approx(found.errors, rel=0.1)  # 128 of the outputs
+    assert some.errors == pytest.approx(found.errors, rel=0.15)  # 128 of the outputs
     assert all(0.005 < error < 0.5 for error in measured.values())
 
 
@@ -310,7 +312,7 @@ def test_kept_and_overridden_layers_are_decided_before_the_budget(flux: nn.Modul
 
 @pytest.mark.parametrize("schemes", [("16",), ("W4A4", "W2A2"), ("",)])
 def test_a_ladder_of_unknown_schemes_is_refused(flux: nn.Module, schemes: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="a ladder has one or more of W4A4, W4A8, W4A16, W8A8, W8A16, 16"):
+    with pytest.raises(ValueError, match=r"a ladder has one or more of W4A4, W4A4-R16, .*W8A16, 16"):
         Ladder.of(flux, schemes)
 
 
@@ -329,6 +331,9 @@ def test_seconds_are_products_or_bytes() -> None:
     assert workload.seconds(text) == pytest.approx(work / 9 / 1367e12)
     modulation = replace(layer, name="single_transformer_blocks.0.norm.linear", scheme=Scheme.parse("W4A16"))
     assert workload.seconds(modulation) == pytest.approx((12288 * 3072 / 2 + 12288 * 4) / 3700e9)
+    branched = replace(layer, scheme=Scheme.parse("W4A4-r16"))  # reads what comes in, adds to what goes out
+    beside = 2 * 4608 * (3072 + 2 * 12288) / 3700e9
+    assert workload.seconds(branched) == pytest.approx(workload.seconds(layer) + beside)
 
 
 def test_a_latency_budget_takes_what_its_machine_gives(flux: nn.Module, ladder: Ladder, scored: Scores) -> None:

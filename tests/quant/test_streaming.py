@@ -78,7 +78,7 @@ def test_equals_loading_and_then_quantizing(
         assert_same(streamed, load_then_quantize(tmp_path, "paper-mixed", dtype))
 
 
-@pytest.mark.parametrize("preset", ["ours", "w8a8"])
+@pytest.mark.parametrize("preset", ["ours", "ours-r16", "w8a8"])
 def test_equals_loading_and_then_quantizing_the_shipped_model(preset: str) -> None:
     assert_same(load_and_quantize(MINI_FLUX, preset, progress=False), load_then_quantize(MINI_FLUX, preset))
 

@@ -56,9 +56,14 @@ def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | 
     return matrix
 
 
-@lru_cache(maxsize=64)
+@lru_cache
+def _kept_factor(n: int) -> Tensor:
+    return hadamard(n, torch.float64)
+
+
 def _factor(n: int, device: torch.device) -> Tensor:
-    return hadamard(n, torch.float64, device)
+    # kept on the CPU alone: a GPU's stream could read what another is still writing, and a graph owns what it captures
+    return _kept_factor(n) if device.type == "cpu" else hadamard(n, torch.float64, device)
 
 
 def _rotate(x: Tensor, group_size: int) -> Tensor:

@@ -6,17 +6,19 @@ On disk, 4-bit codes are I8 (N, K/2), row-major, low nibble = even column; scale
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from convrot_quant.folders import replace_folder
 from convrot_quant.fuse import fuse_
+from convrot_quant.leftovers import FULL
 from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
 from convrot_quant.lora_files import merged, noted
 from convrot_quant.manifest import (
@@ -66,7 +68,7 @@ def check_saveable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Linear):
             raise ValueError(f"save_quantized: {name!r} is a LoRA layer; unload the LoRA first, it is saved apart")
-        if isinstance(module, ConvLinear4bit) and module.sides():
+        if isinstance(module, ConvLinear4bit) and module.has_added_sides:
             raise ValueError(f"save_quantized: {name!r} has a fused LoRA; unfuse_lora() first, it is saved apart")
 
 
@@ -96,15 +98,20 @@ def write_quantized(model: nn.Module, folder: Path, *, max_shard_size: int | str
                 f"save_quantized: {name!r} is on the meta device and has no values; load or onload it first"
             )
     write_config(model, folder)
-    metadata = metadata_of(model)
-    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    metadata, pattern = metadata_of(model), WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     tied, packed = _tied(state), _packed_names(model)
     # tied tensors are written once per name, each with its own storage, as safetensors asks
     state = {name: tensor.clone() if name in tied else tensor for name, tensor in state.items()}
     split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
     for filename, names in tqdm(split.filename_to_tensors.items(), desc="save", unit="shard", disable=not progress):
         shard = {name: _to_disk(state[name], packed=name in packed) for name in names}
-        save_file(shard, str(folder / filename), metadata)
+        try:
+            save_file(shard, str(folder / filename), metadata)
+        except SafetensorError as error:  # no OSError, by whose number replace_folder knows a full disk
+            for code in FULL:
+                if os.strerror(code) in str(error):
+                    raise OSError(code, os.strerror(code)) from error
+            raise
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -229,7 +236,7 @@ def check_tensors(manifest: Manifest, model: nn.Module) -> None:
 
 def _fitting_dtypes(name: str, tensor: Tensor, manifest: Manifest) -> tuple[str, ...]:
     layer, _, leaf = name.rpartition(".")
-    if layer in manifest.plan and leaf != "bias":
+    if layer in manifest.plan and leaf in ("weight", "weight_scale"):
         return ("I8",) if leaf == "weight" else ("F32",)
     if tensor.is_floating_point():
         return ("BF16", "F16", "F32", "F64")

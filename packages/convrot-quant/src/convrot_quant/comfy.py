@@ -84,6 +84,8 @@ def write_comfy(
     progress: bool = False,
 ) -> None:
     """Write contents with diffusers' names as one file, tensors copied through one at a time."""
+    for layer, scheme in contents.schemes.items():
+        make_marker(layer, scheme)  # what the format has no place for is named as the model names it
     named = to_original(contents) if keys == "original" else contents
     markers = {prefix + layer: make_marker(layer, scheme) for layer, scheme in named.schemes.items()}
     tensors = {prefix + name: _shaped(name, tensor, named.schemes) for name, tensor in named.tensors.items()}

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 WEIGHT_BITS = (4, 8)
@@ -15,6 +15,7 @@ GROUP_SIZES = (16, 64, 256, 1024)  # the regular Hadamard matrices that the kern
 WEIGHT_RULES = ("absmax", "mse")
 WEIGHT_ROUNDINGS = ("nearest", "balanced")
 ACTIVATION_RULES = ("absmax",)
+LOW_RANKS = range(0, 257, 8)  # tensor cores want multiples of 8; beyond 256 the branch is no small part of a product
 
 # What a scheme's short name stands for beside its bits: what measured best on synthetic layers of FLUX's statistics and
 # on mini-flux (docs/quality.md). At 4 bits a row loses more by coarse steps than by its clipped tail, at 8 bits not.
@@ -61,6 +62,7 @@ class Scheme:
     `weight_rounding`: "nearest", or "balanced", which keeps each group's sum and with it what a token's mean becomes.
     Both are decided when a layer is quantized: files and kernels are the same.
     `activation_clip` multiplies the absolute maximum of a row before the scale is made (0 < clip <= 1).
+    `low_rank`: of a 16-bit branch beside 4-bit weights (low_rank.py), 0 for none, else a multiple of 8 up to 256.
     """
 
     weight_bits: int = 4
@@ -70,6 +72,7 @@ class Scheme:
     activation_rule: str = "absmax"
     activation_clip: float = 1.0
     weight_rounding: str = "nearest"
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
         _one_of("Scheme", "weight_bits", self.weight_bits, WEIGHT_BITS)
@@ -83,33 +86,43 @@ class Scheme:
                 f"Scheme: weight_rule='mse' needs weight_bits=4; got weight_bits={self.weight_bits}; use 'absmax', "
                 "whose 8-bit scales are as good"
             )
+        if isinstance(self.low_rank, bool) or self.low_rank not in LOW_RANKS:
+            raise ValueError(f"Scheme: low_rank must be 0 or a multiple of 8 up to 256; got {self.low_rank!r}")
+        if self.low_rank and self.weight_bits != 4:
+            raise ValueError(
+                f"Scheme: low_rank={self.low_rank} needs weight_bits=4; got weight_bits={self.weight_bits}; use "
+                "low_rank=0, 8-bit weights have no error to speak of"
+            )
         clip = self.activation_clip
         if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip <= 1:
             raise ValueError(f"Scheme: activation_clip must be a number with 0 < activation_clip <= 1; got {clip!r}")
 
     @property
     def name(self) -> str:
-        """The short name, such as "W4A4"."""
-        return f"W{self.weight_bits}A{self.activation_bits}"
+        """The short name, such as "W4A4", or "W4A4-r16" with a branch of rank 16."""
+        return f"W{self.weight_bits}A{self.activation_bits}" + (f"-r{self.low_rank}" if self.low_rank else "")
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
         """The scheme with a short name, in any case: W4A4, W4A8, W4A16, W8A8, W8A16, with the recommended scale rules.
 
         "W4A4-absmax" and the like: the paper's rules, nothing clipped, everything rounded to nearest.
+        "W4A4-r16" and the like: with a low-rank branch.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)(-absmax)?", name.strip().lower()) if isinstance(name, str) else None
+        pattern = r"w(\d+)a(\d+)(-absmax)?(?:-r(\d+))?"
+        match = re.fullmatch(pattern, name.strip().lower()) if isinstance(name, str) else None
         if match is None:
             raise ValueError(
-                f"Scheme: {name!r} is not a scheme name; use one like W4A4, W4A8, W4A16, W8A8 or W8A16, or W4A4-absmax"
+                f"Scheme: {name!r} is not a scheme name; use one like W4A4, W4A8, W4A16, W8A8 or W8A16, W4A4-absmax "
+                "or W4A4-r16"
             )
         bits = int(match[1]), int(match[2])
         rules = {} if match[3] else RECOMMENDED.get(bits, {})
-        return cls(weight_bits=bits[0], activation_bits=bits[1], **rules)
+        return cls(weight_bits=bits[0], activation_bits=bits[1], low_rank=int(match[4] or 0), **rules)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON."""
-        return asdict(self)
+        """Every field, ready for JSON; no word of a branch where there is none, as files before it."""
+        return {name: value for name, value in asdict(self).items() if name != "low_rank" or value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
@@ -152,18 +165,27 @@ class QuantConfig:
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
-        """A named configuration of presets.py: ours, paper, paper-mixed, w4a8, w4a16, w8a8, w8a16, text-encoder."""
+        """A named configuration of presets.py: ours, paper, paper-mixed, w4a8, w4a16, w8a8, w8a16, text-encoder.
+
+        "ours-r16" and the like: with a branch of that rank beside every 4-bit layer, modulation excepted.
+        """
         from convrot_quant.presets import MODULATION_GLOBS, PRESETS
 
-        preset = PRESETS.get(name.strip().lower()) if isinstance(name, str) else None
-        if preset is None:
-            raise ValueError(f"QuantConfig: unknown preset {name!r}; presets are {', '.join(PRESETS)}")
-        overrides = dict.fromkeys(MODULATION_GLOBS, preset.modulation) | dict(preset.overrides)
-        return cls(
-            scheme=Scheme.parse(preset.scheme),
-            overrides={glob: _as_scheme(glob, value) for glob, value in overrides.items()},
-            keep=preset.keep,
-        )
+        match = re.fullmatch(r"(.+?)(?:-r(\d+))?", name.strip().lower()) if isinstance(name, str) else None
+        preset = PRESETS.get(match[1]) if match else None
+        if match is None or preset is None:
+            raise ValueError(
+                f"QuantConfig: unknown preset {name!r}; presets are {', '.join(PRESETS)}, and ours-r16 or the like for "
+                "one with low-rank branches"
+            )
+        rank = int(match[2] or 0)
+
+        def branched(value: Scheme | str) -> Scheme:
+            return replace(_as_scheme(match[1], value), low_rank=rank)
+
+        modulation = dict.fromkeys(MODULATION_GLOBS, Scheme.parse(preset.modulation))
+        overrides = modulation | {glob: branched(value) for glob, value in preset.overrides.items()}
+        return cls(scheme=branched(preset.scheme), overrides=overrides, keep=preset.keep)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON; the order of overrides is kept, since later ones win."""

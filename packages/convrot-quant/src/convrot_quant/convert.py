@@ -26,15 +26,15 @@ def convert(
     to: Format,
     keys: Keys = "original",
     config: Mapping[str, Any] | None = None,
-    group_size: int = 256,
+    group_size: int | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool = False,
 ) -> Contents:
     """Write `destination`, a file for ComfyUI or a transformer folder; it appears whole or not at all.
 
-    `keys`: as in save_comfy. `config`: the model's config.json, for files that do not say. `group_size`: the rotation
-    of official ConvRot state dicts. Returns what was read, under diffusers' names.
+    `keys`: as in save_comfy. `config`: the model's config.json, for files that do not say. `group_size`: as in
+    read_quantized. Returns what was read, under diffusers' names.
     """
     contents = read_quantized(source, group_size=group_size)
     contents = contents if config is None else contents.with_config(config)
@@ -52,16 +52,21 @@ def convert(
     return contents
 
 
-def read_quantized(source: str | Path, *, group_size: int = 256) -> Contents:
-    """A quantized folder, a file for ComfyUI, or an official state dict, by what is in it; values stay on disk."""
+def read_quantized(source: str | Path, *, group_size: int | None = None) -> Contents:
+    """A quantized folder, a file for ComfyUI, or an official state dict, by what is in it; values stay on disk.
+
+    `group_size`: the rotation of an official state dict, None for 256; refused for other sources, which say it.
+    """
     path = Path(source)
     if path.suffix in PICKLED:
         raise CheckpointError(f"{path}: a pickle can run code when it is read; write it as safetensors first")
     if path.is_file():
         if path.suffix != SUFFIX:
             raise CheckpointError(f"{path}: not a {SUFFIX} file; give one, or a quantized model folder")
-        tensors = read_tensors(path)[1]
-        return read_official(path, group_size=group_size) if is_official(tensors) else read_comfy(path)
+        if is_official(read_tensors(path)[1]):
+            return read_official(path, group_size=group_size)
+        _refuse_group_size(path, group_size)
+        return read_comfy(path)
     if path.suffix == SUFFIX and not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     found = open_folder(source).transformers
@@ -70,7 +75,17 @@ def read_quantized(source: str | Path, *, group_size: int = 256) -> Contents:
     folder = next(iter(found.values()))
     if not is_quantized(folder):
         raise ValueError(f"{folder} is not quantized; write a quantized folder with `convrot quantize` first")
+    _refuse_group_size(folder, group_size)
     return read_folder(folder)
+
+
+def _refuse_group_size(path: Path, group_size: int | None) -> None:
+    """Headers and markers decide it: what was asked for would have no effect."""
+    if group_size is not None:
+        raise ValueError(
+            f"{path}: --group-size is only for official ConvRot state dicts, since all other files say theirs; "
+            f"got {group_size}, leave it out"
+        )
 
 
 def config_from(path: Path) -> dict[str, Any]:

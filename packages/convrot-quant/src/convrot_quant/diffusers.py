@@ -17,6 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from convrot_quant.convrot_config import ConvRotConfig
+from convrot_quant.linear import COMPUTE_DTYPES
 from convrot_quant.manifest import CheckpointError, read_plan
 from convrot_quant.on_load import (
     QUANTIZED_LEAVES,
@@ -135,10 +136,10 @@ class ConvRotQuantizer(DiffusersQuantizer):
             quantize_into(model, self.plan, name, param_value.to(target_device), device)
             return
         value, layer = state_dict[param_name], model.get_submodule(name)  # not param_value: the loader rounded scales
-        allowed = (torch.int8, torch.uint8) if leaf == "weight" else (torch.float32,)
+        allowed = {"weight": (torch.int8, torch.uint8), "weight_scale": (torch.float32,)}.get(leaf, COMPUTE_DTYPES)
         if value.dtype not in allowed:
             raise CheckpointError(f"{param_name!r} must not be {value.dtype}; save the model again")
-        value = value.to(target_device)
+        value = value.to(target_device, self.dtype if allowed == COMPUTE_DTYPES else None)
         setattr(layer, leaf, nn.Parameter(value, requires_grad=False) if leaf == "weight" else value)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -56,10 +56,14 @@ class Workload:
         return self.text_tokens if _matches(name, TEXT_GLOBS) else self.tokens
 
     def seconds(self, layer: LayerPlan) -> float:
-        """2 M N K at the rate of what is multiplied, or the time to read the layer where that is longer."""
+        """2 M N K at the rate of what is multiplied, or reading the layer where that takes longer; and its branch."""
         bits = 16 if layer.scheme is None else max(layer.scheme.weight_bits, layer.scheme.activation_bits)
-        product = 2 * self.rows(layer.name) * layer.out_features * layer.in_features / (self.machine.tops[bits] * 1e12)
-        return max(product, layer.bytes_after / (self.machine.gb_s * 1e9))
+        rows, n, k = self.rows(layer.name), layer.out_features, layer.in_features
+        product = 2 * rows * n * k / (self.machine.tops[bits] * 1e12)
+        reading = self.machine.gb_s * 1e9
+        # a branch reads the input and adds to the output, both in 16 bits
+        branch = rows * (k + 2 * n) * 2 / reading if layer.scheme is not None and layer.scheme.low_rank else 0.0
+        return max(product, layer.bytes_after / reading) + branch
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:

@@ -27,6 +27,7 @@ from convrot_kernels import (
     unpack_int4,
 )
 from convrot_quant.config import Scheme
+from convrot_quant.low_rank import Branch, branch_of
 
 ROW_MAJOR = "row_major"
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what the ops take; float8 storage is not one
@@ -44,16 +45,27 @@ class Side(NamedTuple):
         return functional.linear(functional.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
 
 
+class Quantized(NamedTuple):
+    """A weight (N, K): codes uint8 (N, K/2) or int8 (N, K), scale fp32 (N,), the branch where the scheme has one."""
+
+    codes: Tensor
+    scale: Tensor
+    branch: Branch | None
+
+
 class ConvLinear4bit(nn.Linear):
     """nn.Linear with 4-bit (or 8-bit) rotated weights and 4-, 8- or 16-bit activations.
 
     `weight`: codes, a frozen Parameter; uint8 (N, K/2) for 4 bits (low nibble = even column), int8 (N, K) for 8.
     `weight_scale`: fp32 buffer (N,). `bias`: Parameter (N,) or None, in the dtype that it had.
+    `low_rank_down` (r, K) and `low_rank_up` (N, r): buffers in compute_dtype, where the scheme has a low-rank branch.
     `scheme`, `weight_layout` (the order of the resident codes), `compute_dtype` (what peft gives its adapters).
     The state_dict is always row-major. `in_features` and `out_features` stay the logical sizes.
     """
 
     weight_scale: Tensor
+    low_rank_down: Tensor
+    low_rank_up: Tensor
 
     def __init__(
         self,
@@ -72,6 +84,11 @@ class ConvLinear4bit(nn.Linear):
                 f"ConvLinear4bit: in_features must be a multiple of group_size, "
                 f"got in_features={in_features}, group_size={scheme.group_size}; use {groups}"
             )
+        if scheme.low_rank >= min(in_features, out_features):
+            raise ValueError(
+                f"ConvLinear4bit: low_rank must be less than in_features and out_features, got "
+                f"low_rank={scheme.low_rank} for {out_features} x {in_features} (N, K); use low_rank=0 for this layer"
+            )
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.weight_layout, self.compute_dtype = ROW_MAJOR, compute_dtype
         self._side_scales: dict[str, float] = {}
@@ -80,28 +97,39 @@ class ConvLinear4bit(nn.Linear):
         codes = torch.empty(shape, dtype=torch.uint8 if packed else torch.int8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        if scheme.low_rank:
+            for name, size in (("down", (scheme.low_rank, in_features)), ("up", (out_features, scheme.low_rank))):
+                self.register_buffer(f"low_rank_{name}", torch.empty(size, dtype=compute_dtype, device=device))
         empty = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
 
     @classmethod
     @torch.no_grad()
     def from_linear(
-        cls, linear: nn.Linear, scheme: Scheme, *, device: torch.device | str | None = None
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        *,
+        device: torch.device | str | None = None,
+        branch: Branch | None = None,
     ) -> ConvLinear4bit:
         """nn.Linear (N, K) fp16, bf16 or fp32 -> its quantized layer on the same device; the bias keeps its storage.
 
-        `device`: where to rotate and quantize, when that should not be where the weight is.
+        `device`: where to rotate and quantize, when that should not be where the weight is. `branch`: see
+        quantize_weight.
         """
         weight, home = linear.weight, linear.weight.device
         if home.type == "meta":
             raise ValueError(
                 "ConvLinear4bit: the weight is on the meta device and has no values; load the weights first"
             )
-        codes, scale = quantize_weight(weight.to(device or home), scheme)
+        codes, scale, branch = quantize_weight(weight.to(device or home), scheme, branch)
         sizes = (linear.in_features, linear.out_features, scheme)
         layer = cls(*sizes, bias=False, compute_dtype=weight.dtype, device="meta")
         layer.weight = nn.Parameter(codes.to(home), requires_grad=False)
         layer.weight_scale = scale.to(home)
+        if branch is not None:
+            layer.low_rank_down, layer.low_rank_up = branch.down.to(home), branch.up.to(home)
         layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         layer.relayout(preferred_layout(home))
         return layer.train(linear.training)
@@ -150,13 +178,20 @@ class ConvLinear4bit(nn.Linear):
             delattr(self, _side_name(name, part))
 
     def sides(self) -> tuple[Side, ...]:
-        """The low-rank terms, in the order in which they came."""
+        """The low-rank terms: the layer's own branch, then what was added, in the order in which it came."""
+        own = (Side(self.low_rank_down, self.low_rank_up, 1.0),) if self.scheme.low_rank else ()
         if not self._side_scales:
-            return ()
-        return tuple(
+            return own
+        added = (
             Side(getattr(self, _side_name(name, "down")), getattr(self, _side_name(name, "up")), scale)
             for name, scale in self._side_scales.items()
         )
+        return (*own, *added)
+
+    @property
+    def has_added_sides(self) -> bool:
+        """Whether add_side has added a term that remove_side has not taken off: no file holds it."""
+        return bool(self._side_scales)
 
     def relayout(self, layout: str) -> None:
         """Put the resident codes into another order (a backend's own, or "row_major"); the numbers stay the same."""
@@ -230,15 +265,26 @@ def _asked(device: torch.device) -> bool:
     return preferred_codes(device) == "packed"
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(N, K) fp16, bf16 or fp32 -> codes uint8 (N, K/2) or int8 (N, K), scale fp32 (N,)."""
+def quantize_weight(weight: Tensor, scheme: Scheme, branch: Branch | None = None) -> Quantized:
+    """(N, K) fp16, bf16 or fp32 -> what a layer of this scheme holds of it.
+
+    `branch`: of this weight, where it is known already (or of more rows, whose branch is to count for these).
+    """
     bits = scheme.weight_bits
     rules = {"rule": scheme.weight_rule, "rounding": scheme.weight_rounding}
+    if scheme.low_rank:
+        _refuse(~torch.isfinite(weight).all(dim=1), len(weight), "be finite")
+        branch = branch or branch_of(weight, scheme.low_rank)
+        weight = branch.rest_of(weight)
     codes, scale = kernels.quantize_weight(weight, scheme.group_size, bits, packed=bits == 4, **rules)
-    bad = torch.nonzero(~torch.isfinite(scale))
-    if len(bad):
+    _refuse(~torch.isfinite(scale), len(scale), "be finite after rotation in fp32")
+    return Quantized(codes, scale, branch if scheme.low_rank else None)
+
+
+def _refuse(bad: Tensor, rows: int, rule: str) -> None:
+    found = torch.nonzero(bad)
+    if len(found):
+        row = found[0].item()
         raise ValueError(
-            f"ConvLinear4bit: the weight must be finite after rotation in fp32; row {bad[0].item()} of "
-            f"{weight.shape[0]} is not; repair or reload the weight"
+            f"ConvLinear4bit: the weight must {rule}; row {row} of {rows} is not; repair or reload the weight"
         )
-    return codes, scale

@@ -27,7 +27,7 @@ def make_marker(layer: str, scheme: Scheme) -> dict[str, Any]:
         raise ValueError(
             f"{layer!r}: ComfyUI's kernels take groups of 16, 64 or 256, not {scheme.group_size}; {remedy}"
         )
-    if (scheme.weight_bits, scheme.activation_bits) == (8, 4):
+    if scheme.low_rank or (scheme.weight_bits, scheme.activation_bits) == (8, 4):
         raise ValueError(f"{layer!r}: ComfyUI's formats have no place for {scheme}; {remedy}")
     if scheme.weight_bits == 4:
         marker: dict[str, Any] = {"format": INT4, "convrot_groupsize": scheme.group_size}

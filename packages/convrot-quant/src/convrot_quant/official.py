@@ -14,6 +14,7 @@ import torch
 from convrot_quant.config import GROUP_SIZES, Scheme
 from convrot_quant.contents import Contents
 from convrot_quant.manifest import CheckpointError
+from convrot_quant.markers import DEFAULT_GROUP
 from convrot_quant.tensorfile import Stored, read_tensors
 
 SCALES = ("weight_scales", "scale")
@@ -30,8 +31,9 @@ def _scale(tensors: dict[str, Stored], weight: str) -> list[Stored]:
     return [scale for scale in found if scale is not None]
 
 
-def read_official(path: Path, *, group_size: int = 256) -> Contents:
+def read_official(path: Path, *, group_size: int | None = None) -> Contents:
     """W4A4 layers with one rotation size, under the names of the file; scales F16 (N, 1) -> F32 (N,), exactly."""
+    group_size = DEFAULT_GROUP if group_size is None else group_size
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}; got {group_size}")
     tensors = read_tensors(path)[1]

@@ -31,6 +31,7 @@ KEPT_FREE = 16  # of 16 parts of the memory one is left alone: the CUDA context,
 LAYERS_AHEAD = 2  # a streamed component holds the layer that runs and the next one, which is on its way
 # what is assumed of a pipeline that does not say it
 IMAGE_SIZE, TEXT_TOKENS, PATCH, VAE_CHANNELS = 1024, 512, 16, 256
+_limited: set[int] = set()  # GPUs on which budget() limits this process
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _in_units(size: int) -> int:
 def budget(device: str, vram_bytes: int | None) -> int | None:
     """The bytes of a GPU that a run may use: what is free, or less, to which torch then holds this process.
 
-    None for other devices.
+    Asked again without a limit, for a run that has none, it lifts the one it set. None for other devices.
     """
     if torch.device(device).type != "cuda":
         return None
@@ -221,10 +222,14 @@ def budget(device: str, vram_bytes: int | None) -> int | None:
     index = torch.cuda.current_device() if index is None else index
     free, total = torch.cuda.mem_get_info(index)
     if vram_bytes is None:
+        if index in _limited:  # whoever calls torch for a limit of their own keeps it
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+            _limited.discard(index)
         return free
     if vram_bytes > total:
         raise ValueError(f"{size_text(vram_bytes)} is more memory than {device} has ({size_text(total)}); give less")
     torch.cuda.set_per_process_memory_fraction(vram_bytes / total, index)
+    _limited.add(index)
     return min(vram_bytes, free)
 
 

@@ -22,7 +22,7 @@ from convrot_quant.plans import Plan
 from convrot_quant.rules import linears
 from convrot_quant.versions import versions
 
-QUANTIZED_LEAVES = ("weight", "weight_scale")
+QUANTIZED_LEAVES = ("weight", "weight_scale", "low_rank_down", "low_rank_up")
 
 
 def keeping(config: QuantConfig, modules: Iterable[str], fp32_modules: Iterable[str]) -> QuantConfig:

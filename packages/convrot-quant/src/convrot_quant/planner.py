@@ -26,7 +26,10 @@ from convrot_quant.scores import Scores, model_weights, schemes_of, weight_score
 LADDER = ("W4A4", "W8A8", "16")
 SIXTEEN = "16"  # of a ladder: layers may stay in 16 bits
 # The preset that says how layers get a scheme, modulation and scale rules included
-PRESET_OF = {"W4A4": "ours", "W4A8": "w4a8", "W4A16": "w4a16", "W8A8": "w8a8", "W8A16": "w8a16"}
+PRESET_OF = {
+    "W4A4": "ours", "W4A4-R16": "ours-r16", "W4A4-R32": "ours-r32", "W4A8": "w4a8", "W4A8-R16": "w4a8-r16",
+    "W4A8-R32": "w4a8-r32", "W4A16": "w4a16", "W8A8": "w8a8", "W8A16": "w8a16",
+}  # fmt: skip
 Seconds = Callable[[LayerPlan], float]
 
 

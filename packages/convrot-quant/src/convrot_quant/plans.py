@@ -51,10 +51,12 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Codes, fp32 scales and bias; the same as before where the layer stays in 16 bits."""
+        """Codes, fp32 scales, low-rank branch and bias; the same as before where the layer stays in 16 bits."""
         if self.scheme is None:
             return self.bytes_before
-        return self.out_features * (self.in_features * self.scheme.weight_bits // 8 + 4) + self.bias_bytes
+        codes = self.out_features * (self.in_features * self.scheme.weight_bits // 8 + 4)
+        branch = self.scheme.low_rank * (self.in_features + self.out_features) * getattr(torch, self.dtype).itemsize
+        return codes + branch + self.bias_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of the plan's JSON."""

@@ -81,7 +81,7 @@ def _prepare_saving(model: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Linear):
             raise ValueError(f"save_pretrained: {name!r} is a LoRA layer; unload the LoRA first, it is saved apart")
-        if isinstance(module, ConvLinear4bit) and module.sides():
+        if isinstance(module, ConvLinear4bit) and module.has_added_sides:
             raise ValueError(f"save_pretrained: {name!r} has a fused LoRA; unfuse_lora() first, it is saved apart")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:

@@ -23,6 +23,7 @@ MIN_IN_FEATURES = 512
 IN_MULTIPLE = 64  # the smallest group worth its scale, and what int4 GEMMs and the ComfyUI format ask of K
 OUT_MULTIPLE = 16  # tensor-core tiles and packed stores ask this of N
 FALLBACK_GROUPS = (256, 64)
+BRANCH_BITS = 16
 RECOMMENDED_W4A4 = Scheme.parse("W4A4")
 
 
@@ -83,13 +84,14 @@ def choose(layer: Linear, config: QuantConfig, model_class: str) -> tuple[Scheme
     if reason:
         return None, reason
     scheme, why = _in_8_bits(_for_row_length(scheme, layer.module.in_features), layer)
+    scheme, narrow = _with_branch(scheme, layer.module)
     found, note = _with_group(scheme, layer.module.in_features)
-    return found, "; ".join(filter(None, (why, note)))
+    return found, "; ".join(filter(None, (why, narrow, note)))
 
 
 def _for_row_length(scheme: Scheme, in_features: int) -> Scheme:
     """The recommended W4A4, and nothing else that somebody chose, with the clip for rows of this length."""
-    if replace(scheme, group_size=RECOMMENDED_W4A4.group_size) != RECOMMENDED_W4A4:
+    if replace(scheme, group_size=RECOMMENDED_W4A4.group_size, low_rank=0) != RECOMMENDED_W4A4:
         return scheme
     return replace(scheme, activation_clip=recommended_clip(in_features))
 
@@ -98,7 +100,7 @@ def _in_8_bits(scheme: Scheme, layer: Linear) -> tuple[Scheme, str]:
     """The scheme, with 8-bit weights and the reason where packed codes would be misread."""
     for glob, reason in EIGHT_BIT.items():
         if scheme.weight_bits == 4 and matches(layer, glob):
-            wide = replace(scheme, weight_rule="absmax", activation_clip=1.0)  # before 8 bits, which "mse" is not for
+            wide = replace(scheme, weight_rule="absmax", activation_clip=1.0, low_rank=0)  # 4 bits' own
             return replace(wide, weight_bits=8, activation_bits=max(scheme.activation_bits, 8)), reason
     return scheme, ""
 
@@ -129,6 +131,14 @@ def _better_not(layer: Linear, model_class: str) -> str:
     if layer.module.in_features < MIN_IN_FEATURES:
         return f"K={layer.module.in_features} is below {MIN_IN_FEATURES}"
     return ""
+
+
+def _with_branch(scheme: Scheme, module: nn.Linear) -> tuple[Scheme, str]:
+    """The scheme, without its branch where that would take more bytes than the codes of so narrow a layer."""
+    n, k = module.out_features, module.in_features
+    if scheme.low_rank * (n + k) * BRANCH_BITS <= n * k * scheme.weight_bits:
+        return scheme, ""
+    return replace(scheme, low_rank=0), f"too narrow for a branch of rank {scheme.low_rank}"
 
 
 def _with_group(scheme: Scheme, in_features: int) -> tuple[Scheme | None, str]:

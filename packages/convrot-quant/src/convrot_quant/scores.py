@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from convrot_kernels import rotate, unpack_int4
 from convrot_quant.config import Scheme
 from convrot_quant.linear import ConvLinear4bit, operand
+from convrot_quant.low_rank import Branch, branch_of
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.probe import LayerProbe
@@ -71,13 +72,17 @@ def weight_scores(weights: Iterable[tuple[str, Tensor]], schemes: Schemes, *, pr
     errors: dict[tuple[str, Scheme], float] = {}
     counts: dict[str, float] = {}
     for name, weight in _bar(weights, len(schemes), progress):
-        rows = weight[_some(weight.shape[0])].float()
+        columns, branches = _some(weight.shape[0]), _branches(weight, schemes[name])
+        rows = weight[columns].float()
         for scheme in schemes[name]:
+            branch = _of_columns(branches.get(scheme.low_rank), columns)
             try:
-                of_weight = _weight_error(rows, scheme)
+                of_weight = _weight_error(rows, scheme, branch)
             except ValueError as error:
                 raise ValueError(f"{name!r} cannot be scored: {error}") from None
-            errors[name, scheme] = math.hypot(of_weight, _activation_error(scheme, weight.shape[1]))
+            # what the branch holds is multiplied in 16 bits, and quantized activations meet the rest alone
+            share = 1.0 if branch is None else float(branch.rest_of(rows).norm() / rows.norm().clamp_min(1e-30))
+            errors[name, scheme] = math.hypot(of_weight, share * _activation_error(scheme, weight.shape[1]))
         counts[name] = weight.numel()
     return Scores(errors, counts)
 
@@ -119,8 +124,10 @@ def output_scores(model: nn.Module, probe: LayerProbe, schemes: Schemes, *, prog
         columns = _some(linear.out_features)
         bias = None if linear.bias is None else linear.bias[columns]
         part = _linear(linear.weight[columns].contiguous(), bias)
+        branches = _branches(linear.weight, schemes[name])
         for scheme in schemes[name]:
-            layer = ConvLinear4bit.from_linear(part, scheme)
+            branch = _of_columns(branches.get(scheme.low_rank), columns)
+            layer = ConvLinear4bit.from_linear(part, scheme, branch=branch)
             errors[name, scheme] = probe.error(name, layer, columns) if counts[name] else 0.0
     if not any(counts.values()):
         raise ValueError(f"none of the {len(counts)} layers ran while {type(model).__name__} was probed")
@@ -147,9 +154,20 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
-def _weight_error(rows: Tensor, scheme: Scheme) -> float:
+def _branches(weight: Tensor, schemes: Iterable[Scheme]) -> dict[int, Branch]:
+    """{rank: the branch of the whole weight} for the schemes' ranks: some of the rows alone would have a better one."""
+    ranks = {scheme.low_rank for scheme in schemes} - {0} if torch.isfinite(weight).all() else set()
+    return {rank: branch_of(weight, rank) for rank in sorted(ranks)}
+
+
+def _of_columns(branch: Branch | None, columns: slice) -> Branch | None:
+    """The branch of some of a layer's outputs."""
+    return None if branch is None else Branch(branch.down, branch.up[columns].contiguous())
+
+
+def _weight_error(rows: Tensor, scheme: Scheme, branch: Branch | None) -> float:
     """Relative L2 error of rows (R, K) fp32, as they are multiplied once quantized."""
-    held = ConvLinear4bit.from_linear(_linear(rows), scheme).dequantize().weight
+    held = ConvLinear4bit.from_linear(_linear(rows), scheme, branch=branch).dequantize().weight
     return float((held - rows).norm() / rows.norm().clamp_min(1e-30))
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,10 @@ def quantize_to(
     for name, scheme in decided.items():
         key = f"{name}.weight"
         layer = _Quantized(source, name, model.state_dict()[key].dtype, scheme, device)
-        shapes = quantized.get_submodule(name).state_dict()
-        tensors[key] = replace(_stored(shapes["weight"], layer.codes), dtype="I8")
-        tensors[f"{name}.weight_scale"] = _stored(shapes["weight_scale"], layer.scale)
+        for leaf, like in quantized.get_submodule(name).state_dict().items():
+            if leaf != "bias":
+                tensors[f"{name}.{leaf}"] = _stored(like, partial(layer.part, leaf))
+        tensors[key] = replace(tensors[key], dtype="I8")
     write_shards(quantized, tensors, building, max_shard_size=max_shard_size, verb="quantize", progress=progress)
     write_model_card(building, quantized, base_model or str(folder), named=named)
     return plan_of(quantized)
@@ -172,32 +173,31 @@ def _stored(like: Tensor, make: Callable[[], Tensor]) -> Stored:
 
 @dataclass
 class _Quantized:
-    """A layer's codes and scale, made when the first of them is written; the scale waits for its turn."""
+    """A layer's tensors, made when the first of them is written; the others wait for their turn."""
 
     source: _Source
     name: str
     dtype: torch.dtype
     scheme: Scheme
     device: torch.device | str
-    waiting: Tensor | None = None
+    waiting: dict[str, Tensor] = field(default_factory=dict)
 
-    def codes(self) -> Tensor:
-        """uint8 (N, K/2) or int8 (N, K), on the CPU."""
+    def part(self, leaf: str) -> Tensor:
+        """A tensor of the layer by the name that it has there, on the CPU."""
+        if leaf not in self.waiting:
+            self.waiting = self._quantize()
+        return self.waiting.pop(leaf)
+
+    def _quantize(self) -> dict[str, Tensor]:
         weight = self.source.value(f"{self.name}.weight", self.dtype, self.device)
         try:
-            codes, scale = quantize_weight(weight, self.scheme)
+            made = quantize_weight(weight, self.scheme)
         except ValueError as error:
             raise CheckpointError(f"{self.source.folder}: {self.name!r} cannot be quantized: {error}") from None
-        self.waiting = scale.cpu()
-        return codes.cpu()
-
-    def scale(self) -> Tensor:
-        """fp32 (N,), on the CPU."""
-        if self.waiting is None:
-            self.codes()
-        scale, self.waiting = self.waiting, None
-        assert scale is not None, "codes makes it"
-        return scale
+        parts = {"weight": made.codes, "weight_scale": made.scale}
+        if made.branch is not None:
+            parts |= {"low_rank_down": made.branch.down, "low_rank_up": made.branch.up}
+        return {leaf: tensor.cpu() for leaf, tensor in parts.items()}
 
 
 def empty_16bit(folder: Path, dtype: torch.dtype) -> nn.Module:

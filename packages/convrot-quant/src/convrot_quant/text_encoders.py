@@ -107,8 +107,8 @@ class ConvRotHfQuantizer(HfQuantizer):
         """One layer; marked as initialized, else transformers would fill it with random values."""
         device = quantization_device(self.quantization_config.quantization_device, weight.device)
         layer = quantize_into(model, self._planned, name, weight, device)
-        for tensor in (layer.weight, layer.weight_scale):
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        for leaf in _leaves(layer):
+            getattr(layer, leaf)._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         refuse_missing(model, self._planned, _without_values(model))
@@ -154,6 +154,11 @@ def _without_values(model: nn.Module) -> list[str]:
     return [
         f"{name}.{leaf}"
         for name, layer in layers.items()
-        for leaf in QUANTIZED_LEAVES
+        for leaf in _leaves(layer)
         if not hasattr(layer, "_hf_hook") and not getattr(getattr(layer, leaf), "_is_hf_initialized", False)
     ]
+
+
+def _leaves(layer: nn.Module) -> list[str]:
+    """The names of what a quantized layer has been given values for, or is to be."""
+    return [leaf for leaf in QUANTIZED_LEAVES if hasattr(layer, leaf)]

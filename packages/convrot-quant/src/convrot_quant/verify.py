@@ -53,7 +53,11 @@ class Report:
 
 
 def verify(
-    source: str | Path, *, config: Mapping[str, Any] | None = None, group_size: int = 256, progress: bool = False
+    source: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    group_size: int | None = None,
+    progress: bool = False,
 ) -> Report:
     """Read all of a quantized file or folder, one chunk at a time, and check it. The arguments are convert's."""
     contents = read_quantized(source, group_size=group_size)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convrot_bench.quality.levers import Cost, Layer, Levers
-from convrot_bench.quality.rounding import gptq, leading, principal, round_activation, round_weight
+from convrot_bench.quality.rounding import gptq, principal, round_activation, round_weight
 from convrot_kernels import transforms
+from convrot_quant.low_rank import leading
 
 PEEL_GROUP = 256
 

@@ -61,7 +61,7 @@ class Method:
             raise ValueError(f"{self.name}: the method needs inputs of the layers; capture them on tuning captions")
         if not self.emulated:
             decided = self._quantize(model)
-            costs = [cost_of(layer.out_features * layer.in_features, decided[layer.name]) for layer in _kept(decided)]
+            costs = [cost_of(layer.out_features, layer.in_features, decided[layer.name]) for layer in _kept(decided)]
             return Built(tuple(decided), len(decided), model_bytes(model), _sum(costs))
         return self._emulate(model, plan(model, self.preset), inputs or {})
 
@@ -102,18 +102,19 @@ def cost(module: nn.Module) -> Cost:
     """What a made layer says of itself."""
     found = getattr(module, "cost", None)
     if isinstance(module, ConvLinear4bit):
-        bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-        weight, scale = module.weight, module.weight_scale
-        stored = weight.numel() * weight.element_size() + scale.numel() * scale.element_size() + bias
-        return Cost(stored, cost_of(module.in_features * module.out_features, module.scheme).macs)
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        return Cost(stored, cost_of(module.out_features, module.in_features, module.scheme).macs)
     assert isinstance(found, Cost), "every emulated layer has its cost"
     return found
 
 
-def cost_of(products: int, scheme: Scheme) -> Cost:
-    """Without bytes: codes multiply codes, but weights alone are widened first."""
+def cost_of(n: int, k: int, scheme: Scheme) -> Cost:
+    """Without bytes: codes multiply codes, but weights alone are widened first, and a branch is one of 16 bits."""
     bits = "16x16" if scheme.activation_bits == 16 else f"{scheme.activation_bits}x{scheme.weight_bits}"
-    return Cost(0, {bits: products})
+    macs = Counter({bits: n * k})
+    if scheme.low_rank:
+        macs["16x16"] += scheme.low_rank * (n + k)
+    return Cost(0, macs)
 
 
 def _kept(decided: Plan) -> list[Any]:
@@ -231,6 +232,8 @@ _RIVALS = (
 )  # fmt: skip
 _OURS = (
     Method("ours_w4a4", "ours, W4A4 (default)", "ours", product, emulated=False),
+    Method("ours_w4a4_r16", "ours, W4A4 + branch of rank 16", "ours-r16", product, emulated=False),
+    Method("ours_w4a4_r32", "ours, W4A4 + branch of rank 32", "ours-r32", product, emulated=False),
     Method("ours_w4a8", "ours, W4A8", "w4a8", product, emulated=False),
     Method("ours_w4a16", "ours, W4A16", "w4a16", product, emulated=False),
     Method("ours_w8a8", "ours, W8A8", "w8a8", product, emulated=False),

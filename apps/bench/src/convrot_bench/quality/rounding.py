@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from convrot_kernels import weights
+from convrot_quant.low_rank import leading
 
 QMAX = {4: 7, 8: 127}
 SCALE_FLOOR = 1e-10  # an all-zero row has a scale
 _SEARCHED = 1 << 22  # values searched for scales at a time
 BALANCED = 256  # columns of a group whose sum balanced rounding keeps
 GPTQ_BLOCK, GPTQ_DAMPING = 128, 0.01
-ITERATIONS, OVERSAMPLING = 10, 8
 
 
 def round_to(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
@@ -88,21 +88,6 @@ def _inverse_factor(inputs: Tensor) -> Tensor:
     moment.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     return torch.linalg.cholesky(inverse, upper=True).float()
-
-
-def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(N, K) -> up (N, r), down (r, K): up @ down is nearly the nearest matrix of that rank.
-
-    By subspace iteration (Halko et al. 2011): seconds less than a whole decomposition at N = 9216, and noise, whose
-    singular values hardly differ, is where it holds a percent less.
-    """
-    wide = min(matrix.shape[0], matrix.shape[1], 2 * rank + OVERSAMPLING)
-    start = torch.randn(matrix.shape[1], wide, generator=torch.Generator().manual_seed(0)).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
-    return (basis @ left[:, :rank]) * values[:rank], right[:rank]
 
 
 def principal(rows: Tensor, rank: int) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convrot_bench.quality.levers import Cost, Layer
-from convrot_bench.quality.rounding import QMAX, absmax_scale, leading, round_to, round_weight
+from convrot_bench.quality.rounding import QMAX, absmax_scale, round_to, round_weight
+from convrot_quant.low_rank import leading
 
 GROUP = 64
 GELU_SHIFT = 0.171875  # what GELU's outputs lack to be positive, rounded up to bf16

@@ -13,6 +13,7 @@ from convrot_quant.cli.output import Output, hush
 from convrot_quant.comfy import SUFFIX
 from convrot_quant.contents import schemes_text
 from convrot_quant.convert import config_from, convert
+from convrot_quant.markers import DEFAULT_GROUP
 from convrot_quant.plans import size_text
 
 EXAMPLES = """Examples:
@@ -52,7 +53,13 @@ Config = Annotated[
         exists=True,
     ),
 ]
-GroupSize = Annotated[int, typer.Option(help="The rotation of an official state dict, which does not tell it.")]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        help="The rotation of an official state dict, which does not tell it. "
+        f"Default: {DEFAULT_GROUP}; refused for every other IN, which tells its own.",
+    ),
+]
 
 
 def command(
@@ -67,7 +74,7 @@ def command(
         typer.Option(help="Names in a comfy file: FLUX.1's original ones with q, k, v fused, or diffusers'."),
     ] = KeyNames.original,
     config: Config = None,
-    group_size: GroupSize = 256,
+    group_size: GroupSize = None,
     max_shard_size: Annotated[str, typer.Option(help="Of each file of a folder.", metavar="SIZE")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or model folder.")] = False,
     as_json: Json = False,

@@ -34,6 +34,7 @@ class DType(str, Enum):
 
 
 _PRESETS = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+_PRESETS += "; with -r16 or the like behind it (4-bit weights): a 16-bit branch of that rank beside every block linear"
 Model = Annotated[
     str,
     typer.Argument(

@@ -24,7 +24,7 @@ WORDS = {True: "ok", False: "FAILED", None: "not checked"}
 def command(
     source: Source,
     config: Config = None,
-    group_size: GroupSize = 256,
+    group_size: GroupSize = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

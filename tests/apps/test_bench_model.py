@@ -59,6 +59,7 @@ CASES = {
     "breakdown": {f"breakdown/{side}_{mode}" for side in ("bf16", "ours") for mode in ("eager", "compiled")},
     "loading": {"flux_quantize_load", "flux_load", "flux_checkpoint"},
     "lora": {"lora_rank16"},
+    "branch": {"branch_rank16", "branch_rank16_compiled", "branch_rank16_vs_bf16"},
     "parallel": {
         f"flux_{case}"
         for case in (
@@ -622,8 +623,8 @@ def test_selection():
     assert select("cuda", tiny=False) == REAL
     labels = [job.label for job in plan(REAL, [])]
     assert labels[:5] == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image"]
-    assert labels[5:10] == ["pipeline", "breakdown", "loading", "lora", "conversion"]
-    assert labels[10:] == ["parallel"] * (torch.cuda.device_count() > 1)
+    assert labels[5:11] == ["pipeline", "breakdown", "loading", "lora", "branch", "conversion"]
+    assert labels[11:] == ["parallel"] * (torch.cuda.device_count() > 1)
     assert [job.label for job in plan(REAL, ["breakdown", "step"])] == ["step", "breakdown"]
 
 

@@ -50,17 +50,17 @@ def transformer(name: str, config: Mapping[str, Any], device: str) -> Any:
     return build(lambda: kind(**config), device)
 
 
-def fast_plan(model: nn.Module) -> Plan:
-    """The preset `ours` without its search: the same kernels and bytes, weights by their largest values."""
-    decided = plan(model, "ours")
+def fast_plan(model: nn.Module, preset: str = "ours") -> Plan:
+    """The preset without its search: the same kernels and bytes, weights by their largest values."""
+    decided = plan(model, preset)
     for name, scheme in decided.items():
         decided[name] = replace(scheme, weight_rule="absmax", weight_rounding="nearest")
     return decided
 
 
-def quantized_copy(model: nn.Module) -> Any:
-    """Ours of a 16-bit model, layer by layer, which stays as it is; its large weights are never held twice."""
-    decided = fast_plan(model)
+def quantized_copy(model: nn.Module, preset: str = "ours") -> Any:
+    """The preset of a 16-bit model, layer by layer, which stays as it is; its large weights are never held twice."""
+    decided = fast_plan(model, preset)
     weights = [model.get_submodule(name).weight for name in decided]
     copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
     apply(copied, decided, fuse=False, progress=False)

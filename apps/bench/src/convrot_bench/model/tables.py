@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from convrot_bench.bench import Bench, Job
+from convrot_bench.model.branch import branch
 from convrot_bench.model.breakdown import breakdown
 from convrot_bench.model.configs import REAL, TINY, Scale
 from convrot_bench.model.conversion import conversion
@@ -32,6 +33,7 @@ TABLES: dict[str, dict[str, Measure]] = {
     "breakdown": {"breakdown": breakdown},
     "loading": {"loading": loading},
     "lora": {"lora": lora},
+    "branch": {"branch": branch},
     "conversion": {"conversion": conversion},
     "parallel": {"parallel": parallel},
 }

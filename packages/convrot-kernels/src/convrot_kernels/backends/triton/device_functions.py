@@ -23,7 +23,7 @@ from torch import Tensor
 SHRINK = {16: 8.0, 64: 16.0, 256: 32.0, 1024: 64.0}  # group size -> 2 sqrt(n)
 LEAST_COLUMNS = {16: 256, 64: 1024, 256: 256, 1024: 1024}  # group size -> columns of the least tile: dots need 16 rows
 
-_kept_tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+_kept_tables: dict[tuple[int, torch.dtype, torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
 def _signs(n: int, device: torch.device) -> Tensor:
@@ -35,8 +35,12 @@ def _signs(n: int, device: torch.device) -> Tensor:
 
 
 def tables(group_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> the right and the left factor of the rotation for inputs of `dtype`; what a graph captures is not kept."""
-    key = (group_size, dtype, device)
+    """-> the right and the left factor of the rotation for inputs of `dtype`; what a graph captures is not kept.
+
+    Kept for each stream: another could read them before they are written.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (group_size, dtype, device, stream)
     if key in _kept_tables:
         return _kept_tables[key]
     one_factor = group_size <= 64

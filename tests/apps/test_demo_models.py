@@ -227,7 +227,7 @@ def test_every_placement_draws_the_same_images(models: Models, monkeypatch: pyte
 def test_a_saved_transformer_draws_what_its_preset_draws(models: Models, tmp_path: Path) -> None:
     quantize_folder(open_folder(WEIGHTS), tmp_path / "saved", QuantConfig.preset("ours"), progress=False)
     both = Models(Options(str(WEIGHTS), str(tmp_path / "saved"), mini_flux=WEIGHTS))
-    assert both.schemes == (SAVED, "W4A4", "W4A8", "W8A8", "paper")
+    assert both.schemes == (SAVED, "W4A4", "W4A4-r16", "W4A8", "W8A8", "paper")
     saved, preset = run(both, Job(replace(DEFAULTS, scheme=SAVED))), run(models, Job(DEFAULTS))
     assert saved.quantized.drawn.image.tobytes() == preset.quantized.drawn.image.tobytes()
     alone = Models(Options(str(tmp_path / "saved")))

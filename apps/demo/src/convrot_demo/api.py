@@ -40,7 +40,7 @@ class Api:
             guidance: Guidance scale.
             width: Pixels.
             height: Pixels.
-            scheme: How the 4-bit side is quantized: W4A4, W4A8, W8A8 or paper.
+            scheme: How the 4-bit side is quantized: W4A4, W4A4-r16 (a low-rank branch beside it), W4A8, W8A8 or paper.
             lora_scale: Strength of the LoRA.
             random_seed: Draw a new seed instead of `seed`.
             picture: The image to edit, for models that edit images.

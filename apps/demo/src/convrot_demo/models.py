@@ -31,7 +31,7 @@ from convrot_quant.pipeline import (
 from convrot_quant.plans import Plan
 from convrot_quant.streaming import load_and_quantize, outline
 
-PRESETS = {"W4A4": "ours", "W4A8": "w4a8", "W8A8": "w8a8", "paper": "paper"}
+PRESETS = {"W4A4": "ours", "W4A4-r16": "ours-r16", "W4A8": "w4a8", "W8A8": "w8a8", "paper": "paper"}
 SAVED = "saved"  # the scheme of --quantized FOLDER, or of a MODEL that is quantized
 TRANSFORMER = "transformer"
 

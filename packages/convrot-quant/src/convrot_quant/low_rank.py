@@ -32,7 +32,8 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     singular values hardly differ, is where it holds a percent less.
     """
     wide = min(matrix.shape[0], matrix.shape[1], 2 * rank + OVERSAMPLING)
-    start = torch.randn(matrix.shape[1], wide, generator=torch.Generator().manual_seed(0)).to(matrix)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch's default device and dtype are
+    start = torch.randn(matrix.shape[1], wide, generator=generator, device="cpu", dtype=torch.float32).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
@@ -45,6 +46,10 @@ def branch_of(weight: Tensor, rank: int) -> Branch:
 
     The singular values are shared equally between the two: both keep far from the ends of fp16.
     """
-    up, down = leading(weight.float(), rank)
-    root = up.norm(dim=0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return Branch((down * root[:, None]).to(weight.dtype), (up / root).to(weight.dtype))
+    values, tiny = weight.float(), torch.finfo(torch.float32).tiny
+    unit = values.abs().amax().clamp_min(tiny)  # squares of what bf16 and fp32 hold may not fit fp32
+    up, down = leading(values / unit, rank)
+    root = up.norm(dim=0).sqrt().clamp_min(tiny)
+    down, up = down * root[:, None] * unit.sqrt(), up / root * unit.sqrt()
+    # row-major as every file has it: products of another order round otherwise
+    return Branch(down.to(weight.dtype).contiguous(), up.to(weight.dtype).contiguous())

@@ -45,6 +45,7 @@ def model_rows(path, factor=1.01, run_id="1", **facts):
         write(f"breakdown/{side}", shape_of(1024), 1.6, kernels=1234, **kinds)
     for peer in PEERS[:-1]:
         more = {"peer_version": "1.2", "our_l2": 0.3, "baseline_l2": 0.2, "our_bytes": 6.1e9, "baseline_bytes": 7e9}
+        more |= {"weights": "absmax"} if peer == PEERS[0] else {}
         more |= MORE | {"how": "compiled", "baseline_how": "eager"}
         writer.write(f"peer_{peer.name}", shape_of(1024), 100.0, 120.0 * factor, "ms", peer.title, **more)
     last = PEERS[-1]
@@ -94,6 +95,7 @@ def test_every_figure_of_models_is_in_their_table(tmp_path):
     assert (
         "| torchao int8 dynamic | 1.2 | 121.2 | 100.0 | 1.21 | eager | compiled | 7.00, 6.10 | 0.200, 0.300 |" in table
     )
+    assert table.count("0.200, 0.300 (absmax) |") == 1
     assert "| bitsandbytes NF4 | not installed | does not run: ModuleNotFoundError: a / b | 100.0 |" in table
     assert "| side | step | GEMM (low-bit) | GEMM (16-bit) |" in table
     assert "| ours compiled | 61.9 | 5.0 | 5.0 | 5.9 | 5.0 |" in table

@@ -29,7 +29,7 @@ def test_the_folder_is_one_that_diffusers_loads(folder):
 def test_a_whole_model_is_written_in_shards_with_an_index(folder, tmp_path, monkeypatch):
     import huggingface_hub
 
-    from convrot_quant.streaming import read_headers
+    from convrot_quant.source import read_headers
 
     split = huggingface_hub.split_torch_state_dict_into_shards
     small = lambda state, **options: split(state, **(options | {"max_shard_size": "2MB"}))  # noqa: E731

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from convrot_bench.bench import GateError
 from convrot_bench.cli import app
 from convrot_bench.quality import command, run, subjects
-from convrot_bench.quality.calibration import InputRows, calibration_inputs
+from convrot_bench.quality.calibration import calibration_inputs
 from convrot_bench.quality.errors import error_figures, layer_errors
 from convrot_bench.quality.levers import Levers
 from convrot_bench.quality.methods import METHODS, Method, levered
@@ -265,18 +265,6 @@ def test_errors_of_layers_are_of_all_kept_rows_together():
     assert error_figures({"a": 0.3, "b": 0.1, "c": 0.2}) == {
         "layer_l2_median": 0.2, "layer_l2_p95": 0.2, "layer_l2_worst": 0.3,
     }  # fmt: skip
-
-
-def test_calibration_keeps_rows_of_every_call():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with InputRows(model, ["0", "1"], calls=3, most=12) as rows:
-        for _ in range(3):
-            x = torch.randn(2, 10, 4)
-            model(x)
-    model(x)  # no longer listened to
-    kept = rows.inputs()
-    assert {name: tuple(value.shape) for name, value in kept.items()} == {"0": (12, 4), "1": (12, 4)}
-    assert torch.equal(kept["0"][-4:], x.flatten(0, 1)[::5])
 
 
 def test_a_method_that_calibrates_needs_other_prompts():

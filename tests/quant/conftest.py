@@ -63,7 +63,7 @@ def run_flux(model: nn.Module, seed: int = 0) -> torch.Tensor:
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Callable[..., torch.Tensor]:
     return run_flux
 

@@ -130,7 +130,7 @@ def test_blocks_that_lose_their_fused_forward_are_counted(pipeline_folder: Path)
         ((), "give --budget SIZE, --latency-budget TIME or both"),
         (("--budget", "6"), "--budget must be a size such as 6.5GB, 6GiB or 500MB; got '6'"),
         (("--latency-budget", "fast"), "--latency-budget must be a time such as 45ms or 0.2s; got 'fast'"),
-        (("--budget", "1GB", "--schemes", "W3A3"), "--schemes: a ladder has one or more of W4A4, W4A8"),
+        (("--budget", "1GB", "--schemes", "W3A3"), "--schemes: a ladder has one or more of W4A4, W4A4-R16"),
         (("--budget", "1GB", "--machine", "abacus"), "--machine must be one of h200, a100, rtx4090; got 'abacus'"),
         (("--budget", "1GB", "--keep", "*.nothing"), "'*.nothing' matches no linear layer"),
         (("--budget", "1GB", "--override", "W8A8"), "--override must look like GLOB=SCHEME"),

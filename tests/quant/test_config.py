@@ -25,7 +25,7 @@ def test_parse_reads_the_short_name_in_any_case(name: str) -> None:
         ({"group_size": 128}, "Scheme: group_size must be one of 16, 64, 256, 1024; got 128"),
         ({"weight_rule": "best"}, "Scheme: weight_rule must be one of 'absmax', 'mse'; got 'best'"),
         ({"weight_rule": "mse", "weight_bits": 8}, "weight_rule='mse' needs weight_bits=4; got weight_bits=8; use"),
-        ({"weight_rounding": "up"}, "Scheme: weight_rounding must be one of 'nearest', 'balanced'; got 'up'"),
+        ({"weight_rounding": "up"}, "Scheme: weight_rounding must be one of 'nearest', 'balanced', 'gptq'; got 'up'"),
         ({"activation_rule": ""}, "Scheme: activation_rule must be one of 'absmax'; got ''"),
         ({"activation_clip": 0}, "activation_clip must be a number with 0 < activation_clip <= 1; got 0"),
         ({"activation_clip": 1.5}, "got 1.5"),

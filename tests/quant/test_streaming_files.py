@@ -31,8 +31,8 @@ peak = [0]
 before = memory("RssAnon")
 import convrot_quant.streaming as streaming
 quantize = streaming.quantize_weight
-def measured(*arguments):
-    made = quantize(*arguments)
+def measured(*arguments, **options):
+    made = quantize(*arguments, **options)
     peak[0] = max(peak[0], memory("RssAnon") - before)
     return made
 streaming.quantize_weight = measured

@@ -1,5 +1,6 @@
-"""4-bit inference for diffusion transformers: rotate, quantize, save, load, generate. No calibration, no retraining."""
+"""4-bit inference for diffusion transformers: rotate, quantize, save, load, generate. No retraining, no calibration."""
 
+from convrot_quant.calibration import Calibration
 from convrot_quant.checkpoint import load_quantized, save_quantized
 from convrot_quant.comfy import load_comfy, save_comfy
 from convrot_quant.config import QuantConfig, Scheme
@@ -15,6 +16,7 @@ from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.streaming import load_and_quantize
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "ConvLinear4bit",
     "ConvRotConfig",

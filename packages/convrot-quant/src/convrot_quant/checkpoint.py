@@ -38,7 +38,7 @@ from convrot_quant.manifest import (
 )
 from convrot_quant.patch import plan_of
 from convrot_quant.plans import Plan
-from convrot_quant.rules import linears
+from convrot_quant.rules import cannot_hold, linears
 from convrot_quant.skeleton import empty_model, keeps_fp32
 from convrot_quant.tensorfile import DTYPES
 from convrot_quant.versions import versions
@@ -176,7 +176,7 @@ def build_quantized(manifest: Manifest) -> nn.Module:
     dtypes = {layer.name: getattr(torch, layer.dtype) for layer in manifest.plan.layers}
     for name, scheme in manifest.plan.items():
         linear = model.get_submodule(name)
-        if type(linear) is not nn.Linear or linear.in_features % scheme.group_size:
+        if type(linear) is not nn.Linear or cannot_hold(linear, scheme):
             raise CheckpointError(
                 f"{manifest.folder}: the plan's {scheme.name} g{scheme.group_size} does not fit {name!r}"
             )

@@ -13,7 +13,7 @@ WEIGHT_BITS = (4, 8)
 ACTIVATION_BITS = (4, 8, 16)
 GROUP_SIZES = (16, 64, 256, 1024)  # the regular Hadamard matrices that the kernels have: Kronecker powers of H4
 WEIGHT_RULES = ("absmax", "mse")
-WEIGHT_ROUNDINGS = ("nearest", "balanced")
+WEIGHT_ROUNDINGS = ("nearest", "balanced", "gptq")
 ACTIVATION_RULES = ("absmax",)
 LOW_RANKS = range(0, 257, 8)  # tensor cores want multiples of 8; beyond 256 the branch is no small part of a product
 
@@ -38,7 +38,7 @@ def recommended_clip(in_features: int) -> float:
 
 
 def _one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
+    if value not in allowed or type(value) not in {type(choice) for choice in allowed}:  # 4.0 and True are in (1, 4)
         choices = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{owner}: {name} must be one of {choices}; got {value!r}")
 
@@ -59,7 +59,8 @@ class Scheme:
     The defaults are the paper's W4A4; `Scheme.parse("W4A4")` is the one with the rules that measured best.
     `activation_bits=16` means weight-only: activations are rotated and stay in their own dtype.
     `weight_rule`: "absmax", or "mse" (4 bits), the row scales with the least squared error.
-    `weight_rounding`: "nearest", or "balanced", which keeps each group's sum and with it what a token's mean becomes.
+    `weight_rounding`: "nearest"; "balanced", which keeps each group's sum and with it what a token's mean becomes; or
+    "gptq" (4 bits), which needs rows that the layer reads: a Calibration chooses it.
     Both are decided when a layer is quantized: files and kernels are the same.
     `activation_clip` multiplies the absolute maximum of a row before the scale is made (0 < clip <= 1).
     `low_rank`: of a 16-bit branch beside 4-bit weights (low_rank.py), 0 for none, else a multiple of 8 up to 256.
@@ -86,7 +87,12 @@ class Scheme:
                 f"Scheme: weight_rule='mse' needs weight_bits=4; got weight_bits={self.weight_bits}; use 'absmax', "
                 "whose 8-bit scales are as good"
             )
-        if isinstance(self.low_rank, bool) or self.low_rank not in LOW_RANKS:
+        if self.weight_rounding == "gptq" and self.weight_bits != 4:
+            raise ValueError(
+                f"Scheme: weight_rounding='gptq' needs weight_bits=4; got weight_bits={self.weight_bits}; "
+                "use 'balanced'"
+            )
+        if type(self.low_rank) is not int or self.low_rank not in LOW_RANKS:  # 16.0 is in it
             raise ValueError(f"Scheme: low_rank must be 0 or a multiple of 8 up to 256; got {self.low_rank!r}")
         if self.low_rank and self.weight_bits != 4:
             raise ValueError(

@@ -13,7 +13,7 @@ from convrot_quant.folders import replace_folder
 from convrot_quant.manifest import CheckpointError, is_quantized, read_config
 from convrot_quant.official import is_official, read_official
 from convrot_quant.pipeline import open_folder
-from convrot_quant.streaming import PICKLED
+from convrot_quant.source import PICKLED
 from convrot_quant.tensorfile import read_tensors
 
 Format = Literal["comfy", "diffusers"]

@@ -30,6 +30,7 @@ from convrot_quant.on_load import (
     quantization_device,
     quantize_into,
     refuse_missing,
+    refuse_unplanned,
     to_files,
 )
 from convrot_quant.patch import dequantize_
@@ -63,6 +64,7 @@ class ConvRotQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[Any]) -> list[str]:
         if self.pre_quantized:
             self.plan = read_plan(checkpoint_files)
+            refuse_unplanned(self.plan, loaded_keys)
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:

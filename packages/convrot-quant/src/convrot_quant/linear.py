@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import convrot_kernels as kernels
 from convrot_kernels import (
     preferred_codes,
     preferred_layout,
@@ -27,7 +26,8 @@ from convrot_kernels import (
     unpack_int4,
 )
 from convrot_quant.config import Scheme
-from convrot_quant.low_rank import Branch, branch_of
+from convrot_quant.low_rank import Branch
+from convrot_quant.quantizing import quantize_weight
 
 ROW_MAJOR = "row_major"
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what the ops take; float8 storage is not one
@@ -43,14 +43,6 @@ class Side(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), the dtype of the weights."""
         return functional.linear(functional.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
-
-
-class Quantized(NamedTuple):
-    """A weight (N, K): codes uint8 (N, K/2) or int8 (N, K), scale fp32 (N,), the branch where the scheme has one."""
-
-    codes: Tensor
-    scale: Tensor
-    branch: Branch | None
 
 
 class ConvLinear4bit(nn.Linear):
@@ -112,10 +104,11 @@ class ConvLinear4bit(nn.Linear):
         *,
         device: torch.device | str | None = None,
         branch: Branch | None = None,
+        inputs: Tensor | None = None,
     ) -> ConvLinear4bit:
         """nn.Linear (N, K) fp16, bf16 or fp32 -> its quantized layer on the same device; the bias keeps its storage.
 
-        `device`: where to rotate and quantize, when that should not be where the weight is. `branch`: see
+        `device`: where to rotate and quantize, when that should not be where the weight is. `branch`, `inputs`: see
         quantize_weight.
         """
         weight, home = linear.weight, linear.weight.device
@@ -123,7 +116,7 @@ class ConvLinear4bit(nn.Linear):
             raise ValueError(
                 "ConvLinear4bit: the weight is on the meta device and has no values; load the weights first"
             )
-        codes, scale, branch = quantize_weight(weight.to(device or home), scheme, branch)
+        codes, scale, branch = quantize_weight(weight.to(device or home), scheme, branch, inputs)
         sizes = (linear.in_features, linear.out_features, scheme)
         layer = cls(*sizes, bias=False, compute_dtype=weight.dtype, device="meta")
         layer.weight = nn.Parameter(codes.to(home), requires_grad=False)
@@ -263,28 +256,3 @@ def _wants_packed(device: torch.device) -> bool:
 @cache  # asking takes longer than an op
 def _asked(device: torch.device) -> bool:
     return preferred_codes(device) == "packed"
-
-
-def quantize_weight(weight: Tensor, scheme: Scheme, branch: Branch | None = None) -> Quantized:
-    """(N, K) fp16, bf16 or fp32 -> what a layer of this scheme holds of it.
-
-    `branch`: of this weight, where it is known already (or of more rows, whose branch is to count for these).
-    """
-    bits = scheme.weight_bits
-    rules = {"rule": scheme.weight_rule, "rounding": scheme.weight_rounding}
-    if scheme.low_rank:
-        _refuse(~torch.isfinite(weight).all(dim=1), len(weight), "be finite")
-        branch = branch or branch_of(weight, scheme.low_rank)
-        weight = branch.rest_of(weight)
-    codes, scale = kernels.quantize_weight(weight, scheme.group_size, bits, packed=bits == 4, **rules)
-    _refuse(~torch.isfinite(scale), len(scale), "be finite after rotation in fp32")
-    return Quantized(codes, scale, branch if scheme.low_rank else None)
-
-
-def _refuse(bad: Tensor, rows: int, rule: str) -> None:
-    found = torch.nonzero(bad)
-    if len(found):
-        row = found[0].item()
-        raise ValueError(
-            f"ConvLinear4bit: the weight must {rule}; row {row} of {rows} is not; repair or reload the weight"
-        )

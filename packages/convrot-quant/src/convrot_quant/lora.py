@@ -131,7 +131,7 @@ def add_sides(out: Tensor, x: Callable[[], Tensor], layers: Sequence[tuple[int, 
     if not sides:
         return out
     values = x().flatten(0, -2)
-    low = values @ _in_dtype(torch.cat([side.down for side in sides]), values).t()
+    low = values @ torch.cat([_in_dtype(side.down, values) for side in sides]).t()
     rows, column, rank = out.view(-1, out.shape[-1]), 0, 0
     for n, of_layer in layers:
         for side in of_layer:

@@ -19,10 +19,11 @@ from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
 from convrot_quant.manifest import FORMAT_VERSION, PLAN_KEY, VERSION_KEY, VERSIONS_KEY, CheckpointError
 from convrot_quant.patch import plan
 from convrot_quant.plans import Plan
-from convrot_quant.rules import linears
+from convrot_quant.rules import cannot_hold, linears
 from convrot_quant.versions import versions
 
-QUANTIZED_LEAVES = ("weight", "weight_scale", "low_rank_down", "low_rank_up")
+BRANCH_LEAVES = ("low_rank_down", "low_rank_up")
+QUANTIZED_LEAVES = ("weight", "weight_scale", *BRANCH_LEAVES)
 
 
 def keeping(config: QuantConfig, modules: Iterable[str], fp32_modules: Iterable[str]) -> QuantConfig:
@@ -80,7 +81,7 @@ def expand(model: nn.Module, decided: Plan, dtype: torch.dtype) -> None:
         if linear is None:
             raise CheckpointError(f"the plan names {name!r}, which {type(model).__name__} lacks; save the model again")
         shape = (linear.out_features, linear.in_features)
-        if type(linear) is not nn.Linear or shape != planned[name] or shape[1] % scheme.group_size:
+        if type(linear) is not nn.Linear or shape != planned[name] or cannot_hold(linear, scheme):
             raise CheckpointError(
                 f"the plan's {scheme.name} g{scheme.group_size} of {planned[name]} (N, K) does not fit {name!r}, which "
                 f"is {shape}; save the model again"
@@ -95,6 +96,16 @@ def planned_layer(decided: Plan, parameter: str, leaves: tuple[str, ...]) -> str
     """The planned layer that the state_dict's name belongs to as one of `leaves`, or None."""
     name, _, leaf = parameter.rpartition(".")
     return name if leaf in leaves and name in decided else None
+
+
+def refuse_unplanned(decided: Plan, names: Iterable[str]) -> None:
+    """The error for a branch in the files that the plan leaves out: the codes beside it hold the rest alone."""
+    for name in names:
+        layer = planned_layer(decided, name, BRANCH_LEAVES)
+        if layer and not decided[layer].low_rank:
+            raise CheckpointError(
+                f"the files hold {name!r}, and the plan no low_rank of {layer!r}; save the model again"
+            )
 
 
 def refuse_missing(model: nn.Module, decided: Plan, missing: Iterable[str]) -> None:
@@ -112,6 +123,10 @@ def finish(model: nn.Module, decided: Plan, dtype: torch.dtype) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, ConvLinear4bit), f"{name} was loaded past the quantizer"
         layer.compute_dtype = dtype
+        for leaf in ("weight_scale", *BRANCH_LEAVES):
+            found = getattr(layer, leaf, layer.weight_scale).dtype
+            if not found.is_floating_point:
+                raise CheckpointError(f"'{name}.{leaf}' must not be {found}; save the model again")
         if scheme.weight_bits == 4 and layer.weight.dtype == torch.int8:  # files hold packed codes as I8
             layer.weight = nn.Parameter(layer.weight.detach().view(torch.uint8), requires_grad=False)
         if layer.weight.is_cuda:

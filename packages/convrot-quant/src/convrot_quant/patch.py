@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from convrot_quant.calibration import NOT_CALIBRATED, Calibration, inputs_of
 from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.fuse import fuse_, unfuse_
-from convrot_quant.linear import ConvLinear4bit, quantize_weight
+from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.plans import LayerPlan, Plan
+from convrot_quant.quantizing import quantize_weight
 from convrot_quant.rules import Linear, cannot_run, choose, linears
 
 
@@ -40,20 +43,24 @@ def apply(
     plan: Mapping[str, Scheme],
     *,
     device: torch.device | str | None = None,
+    calibration: Calibration | None = None,
     fuse: bool = True,
     progress: bool = True,
 ) -> None:
     """Replace the planned layers of a model by ConvLinear4bit, in place.
 
     `device`: where each layer is rotated and quantized (a GPU is much faster); results go back to the layer's own.
+    `calibration`: rows that the layers read, by which 4-bit weights are rounded: less error, the same bytes and speed.
     `fuse`: give blocks of a known family their fused forward (fuse.py); without it every layer runs on its own.
     All weights are checked before the first layer changes, so a refusal leaves the model as it was.
     """
     _refuse_unplannable(model)
-    _check_plan(model, plan, device)
+    if calibration is not None:
+        plan = calibration.plan(plan) if isinstance(plan, Plan) else calibration.rounded(plan)
+    _check_plan(model, plan, device, calibration)
     quiet = not progress or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
     for name in tqdm(plan, desc="quantize", unit="layer", disable=quiet, leave=False):
-        _quantize_layer(model, name, plan[name], device)
+        _quantize_layer(model, name, plan[name], device, inputs_of(calibration, name, plan[name]))
     if isinstance(plan, Plan):
         model.convrot_plan = plan  # type: ignore[assignment]  # a dict, not a Module: kept for saving, reasons included
     if fuse:
@@ -65,15 +72,20 @@ def quantize_(
     config: QuantConfig | str = "ours",
     *,
     device: torch.device | str | None = None,
+    calibration: Calibration | None = None,
     fuse: bool = True,
     progress: bool = True,
 ) -> Plan:
-    """Quantize a model in place: plan, then apply. Returns the plan, which prints as a table."""
+    """Quantize a model in place: plan, then apply. Returns the plan, which prints as a table.
+
+    `device`, `calibration`, `fuse`: see apply.
+    """
     decided = plan(model, config)
     if not decided:
         reasons = "; ".join(sorted(set(decided.reasons.values()))) or "it has no nn.Linear"
         raise ValueError(f"quantize_: nothing to quantize in {type(model).__name__}: {reasons}")
-    apply(model, decided, device=device, fuse=fuse, progress=progress)
+    decided = decided if calibration is None else calibration.plan(decided)
+    apply(model, decided, device=device, calibration=calibration, fuse=fuse, progress=progress)
     return decided
 
 
@@ -140,7 +152,9 @@ def _refuse_unplannable(model: nn.Module) -> None:
             raise ValueError(f"plan: {name!r} has an offloading hook; quantize first, then enable offloading")
 
 
-def _check_plan(model: nn.Module, plan: Mapping[str, Scheme], device: torch.device | str | None) -> None:
+def _check_plan(
+    model: nn.Module, plan: Mapping[str, Scheme], device: torch.device | str | None, calibration: Calibration | None
+) -> None:
     """Every planned layer against the model: it is there, has the planned shape, and can be quantized."""
     layers = {layer.name: layer for layer in linears(model)}
     planned = {layer.name: layer for layer in plan.planned} if isinstance(plan, Plan) else {}
@@ -154,6 +168,8 @@ def _check_plan(model: nn.Module, plan: Mapping[str, Scheme], device: torch.devi
             was = (old.out_features, old.in_features)
             raise ValueError(f"apply: {name!r} is {shape} here and {was} in the plan (N, K); plan this model first")
         reason = cannot_run(layers[name]) or _unfit(module, scheme, device)
+        if scheme.weight_rounding == "gptq" and (calibration is None or name not in calibration):
+            reason = reason or NOT_CALIBRATED
         if reason:
             raise ValueError(f"apply: {name!r} cannot be quantized: {reason}")
 
@@ -172,13 +188,16 @@ def _unfit(module: nn.Linear, scheme: Scheme, device: torch.device | str | None)
         return "its weight holds NaN or inf; repair it or keep this layer in 16 bits"
     if max(-low, high) * scheme.group_size > torch.finfo(torch.float32).max:
         try:
-            quantize_weight(module.weight.to(device or module.weight.device), scheme)
+            nearest = replace(scheme, weight_rounding="nearest")
+            quantize_weight(module.weight.to(device or module.weight.device), nearest)
         except ValueError as error:
             return str(error)
     return ""
 
 
-def _quantize_layer(model: nn.Module, name: str, scheme: Scheme, device: torch.device | str | None) -> None:
+def _quantize_layer(
+    model: nn.Module, name: str, scheme: Scheme, device: torch.device | str | None, inputs: Tensor | None
+) -> None:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear), "_check_plan has seen it"
-    model.set_submodule(name, ConvLinear4bit.from_linear(layer, scheme, device=device))
+    model.set_submodule(name, ConvLinear4bit.from_linear(layer, scheme, device=device, inputs=inputs))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from convrot_kernels import preferred_layout
+from convrot_quant.calibration import Calibration
 from convrot_quant.checkpoint import build_quantized, load_quantized
 from convrot_quant.config import QuantConfig
 from convrot_quant.folders import replace_folder
@@ -23,7 +24,8 @@ from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.lora_files import LoraFile
 from convrot_quant.manifest import CheckpointError, diffusers_class, is_quantized, read_config, read_manifest
 from convrot_quant.plans import Plan
-from convrot_quant.streaming import empty_16bit, load_and_quantize, outline, quantize_to
+from convrot_quant.source import empty_16bit
+from convrot_quant.streaming import load_and_quantize, outline, quantize_to
 
 TRANSFORMERS = ("transformer", "transformer_2")  # Wan 2.2 has two
 _ROOT_FILES = ("model_index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -206,6 +208,7 @@ def quantize_folder(
     device: str | None = None,
     max_shard_size: int | str = "5GB",
     loras: Sequence[LoraFile] = (),
+    calibration: Calibration | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -213,7 +216,8 @@ def quantize_folder(
     """Write a folder like `folder` with its transformers quantized; returns {component: plan}.
 
     A pipeline folder gives a whole pipeline folder, everything else copied; a bare transformer a bare transformer.
-    `loras` are merged into the 16-bit weights first. `base_model`: the hub id that model cards name.
+    `loras` are merged into the 16-bit weights first. `calibration`: as apply. `base_model`: the hub id that model cards
+    name.
     """
     if folder.is_quantized:
         raise ValueError(f"{folder.root} is already quantized; start from the 16-bit folder")
@@ -223,6 +227,8 @@ def quantize_folder(
     if loras and len(folder.transformers) > 1:
         names = " and ".join(folder.transformers)
         raise ValueError(f"{folder.root} has {names}: quantize each of the two folders with its own --lora")
+    if calibration is not None and len(folder.transformers) > 1:
+        raise ValueError(f"{folder.root} has {' and '.join(folder.transformers)}: a calibration is of one transformer")
     plans: dict[str, Plan] = {}
     with replace_folder(destination, overwrite=overwrite) as building:
         if folder.is_pipeline:
@@ -237,6 +243,7 @@ def quantize_folder(
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 loras=loras,
+                calibration=calibration,
                 base_model=base_model,
                 named="/".join(filter(None, (target.name, name))),
                 progress=progress,

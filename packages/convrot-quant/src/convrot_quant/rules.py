@@ -121,6 +121,16 @@ def cannot_run(layer: Linear) -> str:
     return ""
 
 
+def cannot_hold(module: nn.Linear, scheme: Scheme) -> str:
+    """Why a linear of this shape cannot be a ConvLinear4bit of this scheme, or ""."""
+    n, k = module.out_features, module.in_features
+    if k % scheme.group_size:
+        return f"K={k} is not a multiple of group_size={scheme.group_size}"
+    if scheme.low_rank >= min(n, k):
+        return f"low_rank={scheme.low_rank} is not less than N={n} and K={k}"
+    return ""
+
+
 def _better_not(layer: Linear, model_class: str) -> str:
     """Why this layer should stay in 16 bits unless it is asked for by its full name, or ""."""
     for glob, reason in KEEP_16BIT.get(model_class, {}).items():

@@ -26,7 +26,7 @@ from convrot_quant.low_rank import Branch, branch_of
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.probe import LayerProbe
-from convrot_quant.streaming import read_headers
+from convrot_quant.source import read_headers
 
 ROWS = 512  # of a weight, spread evenly: rows are quantized one by one, so that some measure all
 GAUSSIAN_ROWS = 64

@@ -8,44 +8,29 @@ files, only the last of these. LoRA files are merged into a 16-bit weight when i
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from convrot_quant.calibration import Calibration, inputs_of
 from convrot_quant.config import QuantConfig, Scheme
 from convrot_quant.contents import write_shards
 from convrot_quant.fuse import fuse_
-from convrot_quant.linear import ConvLinear4bit, quantize_weight
-from convrot_quant.lora_files import LoraFile, Merge, note
-from convrot_quant.manifest import (
-    INDEX,
-    MARK_KEY,
-    WEIGHTS,
-    CheckpointError,
-    TensorHeader,
-    read_config,
-    read_header,
-    read_index,
-    refuse_names,
-)
+from convrot_quant.linear import ConvLinear4bit
+from convrot_quant.lora_files import LoraFile
+from convrot_quant.manifest import CheckpointError
 from convrot_quant.model_card import write_model_card
 from convrot_quant.patch import plan, plan_of
 from convrot_quant.plans import Plan
-from convrot_quant.rules import cannot_run, linears
-from convrot_quant.skeleton import as_loaded, empty_model
+from convrot_quant.quantizing import quantize_weight
+from convrot_quant.rules import cannot_hold, cannot_run, linears
+from convrot_quant.source import Source, empty_16bit
 from convrot_quant.tensorfile import NAMES, Stored
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_AGAIN = "copy or download the folder again"
 
 
 def load_and_quantize(
@@ -56,18 +41,19 @@ def load_and_quantize(
     home: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     loras: Sequence[LoraFile] = (),
+    calibration: Calibration | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """A transformer folder of diffusers (safetensors, one file or shards) -> its quantized model, bit for bit as if
     it had been loaded in `dtype` and then quantized by quantize_.
 
     `device`: where layers are rotated and quantized. `home`: where the model ends up, if that is not `device`.
-    `loras`: merged into the 16-bit weights, bit for bit as fuse_lora does on that device.
+    `loras`: merged into the 16-bit weights, bit for bit as fuse_lora does on that device. `calibration`: as apply.
     """
     folder, home = Path(path), device if home is None else home
     model = empty_16bit(folder, dtype)
-    source = _Source.open(folder, model, dtype, loras)
-    decided = _decide(folder, model, config)
+    source = Source.open(folder, model, dtype, loras)
+    decided = _decide(folder, model, config, calibration)
     weights = {f"{name}.weight": name for name in decided}
     for name in model.state_dict():
         if name not in weights:
@@ -77,7 +63,8 @@ def load_and_quantize(
     in_files = [weights[name] for name in source.headers if name in weights]
     for name in tqdm(in_files, desc="quantize", unit="layer", disable=quiet, leave=False):
         _load(model, f"{name}.weight", source, home)
-        _quantize_layer(folder, model, name, decided[name], device)
+        inputs = inputs_of(calibration, name, decided[name])
+        _quantize_layer(folder, model, name, decided[name], device, inputs)
     model.to(home)  # buffers that are in no file
     _note(model, folder, decided, source)
     fuse_(model)
@@ -107,6 +94,7 @@ def quantize_to(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = "5GB",
     loras: Sequence[LoraFile] = (),
+    calibration: Calibration | None = None,
     base_model: str | None = None,
     named: str | None = None,
     progress: bool = True,
@@ -119,8 +107,8 @@ def quantize_to(
     """
     folder = Path(path)
     model = empty_16bit(folder, dtype)
-    source = _Source.open(folder, model, dtype, loras)
-    decided = _decide(folder, model, config)
+    source = Source.open(folder, model, dtype, loras)
+    decided = _decide(folder, model, config, calibration)
     quantized = outline(folder, decided, dtype=dtype)
     _note(quantized, folder, decided, source)
     tensors: dict[str, Stored] = {}
@@ -129,7 +117,7 @@ def quantize_to(
             tensors[name] = _stored(tensor, partial(source.value, name, tensor.dtype, "cpu"))
     for name, scheme in decided.items():
         key = f"{name}.weight"
-        layer = _Quantized(source, name, model.state_dict()[key].dtype, scheme, device)
+        layer = _Quantized(source, name, model.state_dict()[key].dtype, scheme, device, calibration)
         for leaf, like in quantized.get_submodule(name).state_dict().items():
             if leaf != "bias":
                 tensors[f"{name}.{leaf}"] = _stored(like, partial(layer.part, leaf))
@@ -137,34 +125,6 @@ def quantize_to(
     write_shards(quantized, tensors, building, max_shard_size=max_shard_size, verb="quantize", progress=progress)
     write_model_card(building, quantized, base_model or str(folder), named=named)
     return plan_of(quantized)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A 16-bit folder's tensors, with LoRA files merged into what is read."""
-
-    folder: Path
-    headers: dict[str, TensorHeader]
-    merge: Merge | None
-    notes: list[dict[str, Any]]
-
-    @classmethod
-    def open(cls, folder: Path, model: nn.Module, dtype: torch.dtype, loras: Sequence[LoraFile]) -> _Source:
-        """Headers and LoRA files, checked against the model on the meta device."""
-        headers = read_headers(folder)
-        _check_tensors(folder, model, headers)
-        merge = Merge(empty_16bit(folder, dtype), loras) if loras else None
-        for file, names in (merge.ignored if merge else {}).items():
-            warnings.warn(f"{file}: left out {len(names)} tensors of other models, such as {names[0]!r}", stacklevel=3)
-        return cls(folder, headers, merge, [note(file) for file in loras])
-
-    def value(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """A tensor; floating-point values are cast."""
-        # opened for each tensor: the pages of a mapped file count as this process's memory until the mapping ends
-        with safe_open(str(self.headers[name].file), framework="pt", device=str(device)) as file:
-            tensor: Tensor = file.get_tensor(name)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        return tensor if self.merge is None else self.merge(name, tensor)
 
 
 def _stored(like: Tensor, make: Callable[[], Tensor]) -> Stored:
@@ -175,11 +135,12 @@ def _stored(like: Tensor, make: Callable[[], Tensor]) -> Stored:
 class _Quantized:
     """A layer's tensors, made when the first of them is written; the others wait for their turn."""
 
-    source: _Source
+    source: Source
     name: str
     dtype: torch.dtype
     scheme: Scheme
     device: torch.device | str
+    calibration: Calibration | None
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
     def part(self, leaf: str) -> Tensor:
@@ -191,7 +152,8 @@ class _Quantized:
     def _quantize(self) -> dict[str, Tensor]:
         weight = self.source.value(f"{self.name}.weight", self.dtype, self.device)
         try:
-            made = quantize_weight(weight, self.scheme)
+            inputs = inputs_of(self.calibration, self.name, self.scheme)
+            made = quantize_weight(weight, self.scheme, inputs=inputs)
         except ValueError as error:
             raise CheckpointError(f"{self.source.folder}: {self.name!r} cannot be quantized: {error}") from None
         parts = {"weight": made.codes, "weight_scale": made.scale}
@@ -200,54 +162,9 @@ class _Quantized:
         return {leaf: tensor.cpu() for leaf, tensor in parts.items()}
 
 
-def empty_16bit(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The modules of a 16-bit folder on the meta device, with the dtypes that diffusers' loader gives them."""
-    return as_loaded(empty_model(folder, read_config(folder), dtype=dtype), dtype)
-
-
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """{tensor: its header} of a 16-bit folder, file by file; pickled and quantized weights are refused."""
-    mark = read_config(folder).get(MARK_KEY)
-    if mark:
-        method = mark.get("quant_method", "an unknown method") if isinstance(mark, dict) else "an unknown method"
-        raise CheckpointError(f"{folder}: its config.json says that {method} has quantized it; give the 16-bit folder")
-    files = sorted(set(read_index(folder).values())) or [WEIGHTS]
-    if files == [WEIGHTS] and not (folder / WEIGHTS).is_file():
-        raise CheckpointError(_without_weights(folder))
-    headers: dict[str, TensorHeader] = {}
-    for name in files:
-        headers |= read_header(folder / name)[1]
-    return headers
-
-
-def _without_weights(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if not pickled:
-        return f"{folder}: neither {WEIGHTS} nor {INDEX}; {_AGAIN}"
-    return (
-        f"{folder}: its weights are pickled ({pickled[0]}), which can run code when read; "
-        "write them as safetensors first: from_pretrained(folder), then save_pretrained(folder)"
-    )
-
-
-def _check_tensors(folder: Path, model: nn.Module, headers: dict[str, TensorHeader]) -> None:
-    """Every tensor of the model is in the files with its shape, and no other but those that its class ignores."""
-    expected = model.state_dict()
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    unknown = {name for name in headers.keys() - expected.keys() if not any(re.search(p, name) for p in ignored)}
-    refuse_names(folder, expected.keys() - headers.keys(), unknown, _AGAIN)
-    for name, tensor in expected.items():
-        header = headers[name]
-        if header.shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{folder}: {name!r} must be {tuple(tensor.shape)}, got {header.shape}; "
-                "take config.json and weights from the same model"
-            )
-        if tensor.is_floating_point() != header.dtype.startswith(("F", "BF")):
-            raise CheckpointError(f"{folder}: {name!r} must not be {header.dtype}; give the 16-bit folder")
-
-
-def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) -> Plan:
+def _decide(
+    folder: Path, model: nn.Module, config: QuantConfig | Plan | str, calibration: Calibration | None = None
+) -> Plan:
     """The plan for a model without values: made now, or a ready one that fits the model."""
     decided = config if isinstance(config, Plan) else plan(model, config)
     if not decided:
@@ -258,14 +175,12 @@ def _decide(folder: Path, model: nn.Module, config: QuantConfig | Plan | str) ->
         raise ValueError(f"{folder}: {mismatch}; plan this model first")
     for name, scheme in decided.items():
         shape = (layers[name].module.out_features, layers[name].module.in_features)
-        reason = cannot_run(layers[name])
+        reason = cannot_run(layers[name]) or cannot_hold(layers[name].module, scheme)
         if planned.get(name, shape) != shape:
             reason = f"it is {shape} here and {planned[name]} in the plan (N, K)"
-        elif shape[1] % scheme.group_size:
-            reason = f"K={shape[1]} is not a multiple of group_size={scheme.group_size}"
         if reason:
             raise ValueError(f"{folder}: {name!r} cannot be quantized: {reason}; plan this model first")
-    return decided
+    return decided if calibration is None else calibration.plan(decided)
 
 
 def _other_model(decided: Plan, model_class: str, planned: Set[str], layers: Set[str]) -> str:
@@ -279,7 +194,7 @@ def _other_model(decided: Plan, model_class: str, planned: Set[str], layers: Set
     return ""
 
 
-def _load(model: nn.Module, name: str, source: _Source, device: torch.device | str) -> None:
+def _load(model: nn.Module, name: str, source: Source, device: torch.device | str) -> None:
     """Give a parameter or buffer its value from a file, cast to the dtype that it has on the meta device."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
@@ -289,16 +204,18 @@ def _load(model: nn.Module, name: str, source: _Source, device: torch.device | s
     setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
 
 
-def _quantize_layer(folder: Path, model: nn.Module, name: str, scheme: Scheme, device: torch.device | str) -> None:
+def _quantize_layer(
+    folder: Path, model: nn.Module, name: str, scheme: Scheme, device: torch.device | str, inputs: Tensor | None
+) -> None:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear), "_decide has seen it"
     try:
-        model.set_submodule(name, ConvLinear4bit.from_linear(layer, scheme, device=device))
+        model.set_submodule(name, ConvLinear4bit.from_linear(layer, scheme, device=device, inputs=inputs))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {name!r} cannot be quantized: {error}") from None
 
 
-def _note(model: nn.Module, folder: Path, decided: Plan, source: _Source) -> None:
+def _note(model: nn.Module, folder: Path, decided: Plan, source: Source) -> None:
     """What saving writes beside the tensors: where the model is from, its plan (notes included), merged files."""
     model.register_to_config(_name_or_path=str(folder))  # type: ignore[operator]  # as from_pretrained does
     model.convrot_plan = decided  # type: ignore[assignment]  # a dict, not a Module

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from convrot_quant.linear import ConvLinear4bit
-from convrot_quant.manifest import CheckpointError, read_plan
+from convrot_quant.manifest import CheckpointError, read_header, read_plan
 from convrot_quant.on_load import (
     QUANTIZED_LEAVES,
     expand,
@@ -28,6 +29,7 @@ from convrot_quant.on_load import (
     quantization_device,
     quantize_into,
     refuse_missing,
+    refuse_unplanned,
     to_files,
 )
 from convrot_quant.patch import dequantize_
@@ -81,6 +83,7 @@ class ConvRotHfQuantizer(HfQuantizer):
             if not checkpoint_files:
                 raise CheckpointError("the plan is in the headers of files; load a folder with from_pretrained")
             self.plan = read_plan(checkpoint_files)
+            refuse_unplanned(self.plan, (name for file in checkpoint_files for name in read_header(Path(file))[1]))
             expand(model, self.plan, self.dtype)
             return model
         config, fp32_modules = self.quantization_config, _fp32_modules(model, self.dtype)

@@ -15,7 +15,7 @@ from convrot_bench.quality.planned import EIGHT_BIT_ACTIVATIONS, preset_bytes, s
 from convrot_bench.quality.roles import Roles
 from convrot_bench.quality.svdquant import branch_rank, svdquant
 from convrot_kernels import transforms
-from convrot_quant import ConvLinear4bit, Plan, Scheme, apply, plan, quantize_
+from convrot_quant import Calibration, ConvLinear4bit, Plan, Scheme, apply, plan, quantize_
 from convrot_quant.patch import model_bytes
 
 BASELINE = "paper_w4a4"
@@ -60,14 +60,15 @@ class Method:
         if self.needs_inputs and inputs is None:
             raise ValueError(f"{self.name}: the method needs inputs of the layers; capture them on tuning captions")
         if not self.emulated:
-            decided = self._quantize(model)
+            decided = self._quantize(model, inputs if self.needs_inputs else None)
             costs = [cost_of(layer.out_features, layer.in_features, decided[layer.name]) for layer in _kept(decided)]
             return Built(tuple(decided), len(decided), model_bytes(model), _sum(costs))
         return self._emulate(model, plan(model, self.preset), inputs or {})
 
-    def _quantize(self, model: nn.Module) -> Plan:
+    def _quantize(self, model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Plan:
         if self.decide is None:
-            return quantize_(model, self.preset, progress=False)
+            calibration = None if inputs is None else Calibration.of(inputs)
+            return quantize_(model, self.preset, calibration=calibration, progress=False)
         decided = self.decide(model)
         apply(model, decided, progress=False)
         return decided
@@ -134,6 +135,12 @@ def _sum(costs: Any) -> dict[str, int]:
 def product(layer: Layer) -> nn.Module:
     """The product's own layer."""
     return ConvLinear4bit.from_linear(layer.linear, layer.scheme)
+
+
+def calibrated(layer: Layer) -> nn.Module:
+    """The same, rounded by rows that the layer reads."""
+    scheme = layer.scheme if layer.kind == "modulation" else replace(layer.scheme, weight_rounding="gptq")
+    return ConvLinear4bit.from_linear(layer.linear, scheme, inputs=layer.calibration)
 
 
 def rotated(rotation: Callable[[int], Rotation | None], levers: Levers = Levers()) -> Maker:
@@ -234,6 +241,15 @@ _OURS = (
     Method("ours_w4a4", "ours, W4A4 (default)", "ours", product, emulated=False),
     Method("ours_w4a4_r16", "ours, W4A4 + branch of rank 16", "ours-r16", product, emulated=False),
     Method("ours_w4a4_r32", "ours, W4A4 + branch of rank 32", "ours-r32", product, emulated=False),
+    Method("ours_w4a4_gptq", "ours, W4A4, calibrated", "ours", calibrated, emulated=False, needs_inputs=True),
+    Method(
+        "ours_w4a4_r16_gptq",
+        "ours, W4A4 + branch of rank 16, calibrated",
+        "ours-r16",
+        calibrated,
+        emulated=False,
+        needs_inputs=True,
+    ),
     Method("ours_w4a8", "ours, W4A8", "w4a8", product, emulated=False),
     Method("ours_w4a16", "ours, W4A16", "w4a16", product, emulated=False),
     Method("ours_w8a8", "ours, W8A8", "w8a8", product, emulated=False),

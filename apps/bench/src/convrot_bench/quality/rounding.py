@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from convrot_kernels import weights
+from convrot_quant.gptq import gptq_codes
 from convrot_quant.low_rank import leading
 
 QMAX = {4: 7, 8: 127}
 SCALE_FLOOR = 1e-10  # an all-zero row has a scale
 _SEARCHED = 1 << 22  # values searched for scales at a time
 BALANCED = 256  # columns of a group whose sum balanced rounding keeps
-GPTQ_BLOCK, GPTQ_DAMPING = 128, 0.01
 
 
 def round_to(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
@@ -61,33 +61,14 @@ def round_weight(
 
 
 def gptq(weight: Tensor, inputs: Tensor, bits: int, rule: str = "absmax", group: int | None = None) -> Tensor:
-    """(N, K), calibration inputs (C, K) -> (N, K): each column's rounding error is made up for by later columns.
+    """(N, K), calibration inputs (C, K) -> (N, K): the product's, with a scale a row, or a row and `group` columns.
 
     Scales are those of the rule on the weight as it was.
     """
-    inverse = _inverse_factor(inputs)
     parts = weight if group is None else weight.unflatten(-1, (-1, group))
     scale = (mse_scale if rule == "mse" else absmax_scale)(parts, bits)
     scale = scale.expand(*parts.shape[:-1], parts.shape[-1]).reshape(weight.shape)
-    left, out = weight.clone(), torch.empty_like(weight)
-    for start in range(0, weight.shape[1], GPTQ_BLOCK):
-        stop = min(start + GPTQ_BLOCK, weight.shape[1])
-        errors = torch.empty(weight.shape[0], stop - start, device=weight.device)
-        for i in range(start, stop):
-            out[:, i] = round_to(left[:, i], scale[:, i], QMAX[bits])
-            errors[:, i - start] = (left[:, i] - out[:, i]) / inverse[i, i]
-            left[:, i:stop] -= errors[:, i - start, None] * inverse[i, i:stop]
-        left[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return out
-
-
-def _inverse_factor(inputs: Tensor) -> Tensor:
-    """(C, K) -> upper Cholesky factor (K, K) of the inverse of the damped second moment."""
-    moment = inputs.double().t() @ inputs.double()
-    damping = GPTQ_DAMPING * moment.diagonal().mean().clamp_min(SCALE_FLOOR)
-    moment.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return gptq_codes(weight, scale, inputs, QMAX[bits]) * scale
 
 
 def principal(rows: Tensor, rank: int) -> Tensor:

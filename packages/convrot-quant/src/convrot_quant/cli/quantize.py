@@ -12,22 +12,31 @@ from convrot_quant.cli.options import (
     Device,
     DType,
     Dtype,
+    Guidance,
+    Height,
     Json,
     Keep,
     Model,
     Override,
     Preset,
     Quiet,
+    Seed,
+    Steps,
+    Width,
     check_globs,
     check_size,
     read_config,
     read_device,
+    read_prompts,
     read_text,
 )
 from convrot_quant.cli.output import Output, hush
+from convrot_quant.cli.runs import calibrate as run_calibration
 from convrot_quant.config import QuantConfig
+from convrot_quant.folders import check_place
+from convrot_quant.generation import Settings
 from convrot_quant.lora_files import LoraFile
-from convrot_quant.pipeline import meta_transformer, open_folder, quantize_folder
+from convrot_quant.pipeline import ModelFolder, meta_transformer, open_folder, quantize_folder
 from convrot_quant.plans import Plan, size_text
 
 EXAMPLES = """Examples:
@@ -37,6 +46,8 @@ convrot quantize ./FLUX.1-dev -o ./FLUX.1-dev-4bit --device cuda
 convrot quantize ./FLUX.1-dev -o ./out --preset paper --keep 'single_transformer_blocks.{last}.*'
 
 convrot quantize ./FLUX.1-dev/transformer -o ./out --override '*.to_out.0=W8A8' --max-shard-size 2GB
+
+convrot quantize ./FLUX.1-dev -o ./FLUX.1-dev-4bit --calibrate prompts.txt --device cuda
 
 convrot quantize ./FLUX.1-dev -o ./styled --lora style.safetensors:0.8 --lora detail.safetensors
 """
@@ -57,6 +68,15 @@ Lora = Annotated[
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Of each safetensors file.", metavar="SIZE")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        help="Prompts, one a line, which the 16-bit pipeline draws first: 4-bit weights are then rounded by what "
+        "layers read (GPTQ). Less error, the same files and speed, minutes instead of seconds.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
 
 
 def command(
@@ -67,6 +87,12 @@ def command(
     override: Override = None,
     plan: PlanFile = None,
     lora: Lora = None,
+    calibrate: Calibrate = None,
+    steps: Steps = 20,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
     device: Device = "auto",
     dtype: Dtype = DType.bfloat16,
     max_shard_size: MaxShardSize = "5GB",
@@ -77,6 +103,8 @@ def command(
     """Write a model folder with its transformer rotated and quantized.
 
     A pipeline folder gives a whole pipeline folder, a transformer folder a transformer folder.
+
+    --steps, --seed, --guidance, --height and --width are those of --calibrate.
     """
     output = Output(as_json, quiet)
     hush(quiet=quiet)
@@ -85,6 +113,12 @@ def command(
     place, folder = read_device(device), open_folder(model)
     check_globs([meta_transformer(path) for path in folder.transformers.values()], keep, override)
     loras = [LoraFile.parse(text) for text in lora or ()]
+    calibration = None
+    if calibrate is not None:
+        _check_calibration(folder, loras, out, overwrite)
+        settings = Settings(seed, steps, guidance, height, width)
+        prompts = read_prompts(None, calibrate)
+        calibration = run_calibration(output, folder, config, prompts, settings, dtype.torch, place)
     with output.warnings():
         plans = quantize_folder(
             folder,
@@ -94,6 +128,7 @@ def command(
             device=place,
             max_shard_size=max_shard_size,
             loras=loras,
+            calibration=calibration,
             base_model=None if Path(model).is_dir() else model,
             overwrite=overwrite,
             progress=output.progress,
@@ -105,6 +140,21 @@ def command(
     output.result(
         {"out": str(out), "loras": merged, "components": {name: _figures(made) for name, made in plans.items()}}
     )
+
+
+def _check_calibration(folder: ModelFolder, loras: list[LoraFile], out: Path, overwrite: bool) -> None:
+    """What --calibrate cannot do, and what would be refused after it."""
+    if not folder.is_pipeline:
+        raise ValueError(f"--calibrate draws its prompts with the pipeline, and {folder.root} is a transformer alone")
+    if folder.is_quantized:
+        raise ValueError(f"{folder.root} is already quantized; start from the 16-bit folder")
+    if len(folder.transformers) > 1:
+        raise ValueError(f"{folder.root} has {' and '.join(folder.transformers)}: --calibrate is for one transformer")
+    if loras:
+        raise ValueError("--calibrate draws with the model as it is, without --lora; give one of the two")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another destination, or overwrite it (--overwrite)")
+    check_place(out)
 
 
 def _figures(plan: Plan) -> dict[str, object]:

@@ -12,12 +12,16 @@ import typer
 from PIL import Image
 from torch import nn
 
+from convrot_quant.calibration import Calibration
 from convrot_quant.cli.options import describe, read_config
 from convrot_quant.cli.output import Output
 from convrot_quant.compare import Result, Variant
+from convrot_quant.config import QuantConfig
 from convrot_quant.folders import check_place
-from convrot_quant.generation import Settings, call_arguments, cut_prompts
+from convrot_quant.generation import Settings, call_arguments, cut_prompts, generate
 from convrot_quant.patch import plan
+from convrot_quant.pipeline import ModelFolder, load_pipeline
+from convrot_quant.plans import Plan
 from convrot_quant.streaming import load_and_quantize
 
 
@@ -42,6 +46,24 @@ def prepare(output: Output, pipe: Any, prompts: Sequence[str], settings: Setting
     for number, tokens, limit in cut_prompts(pipe, prompts, arguments):
         output.warn(f"prompt {number} has {tokens} tokens, more than the limit of {limit}: its end is cut off")
     return arguments
+
+
+def calibrate(
+    output: Output,
+    folder: ModelFolder,
+    config: QuantConfig | Plan,
+    prompts: Sequence[str],
+    settings: Settings,
+    dtype: torch.dtype,
+    device: str,
+) -> Calibration:
+    """Run the 16-bit pipeline on the prompts and keep rows of what each layer reads."""
+    pipe = load_pipeline(folder, dtype=dtype, device=device)
+    prepare(output, pipe, prompts, settings)
+    names = config if isinstance(config, Plan) else plan(pipe.transformer, config)
+    with Calibration(pipe.transformer, names, calls=settings.steps * len(prompts)) as seen:
+        generate(pipe, prompts, settings, progress=output.progress, label="calibrate")
+    return seen
 
 
 def preset_variant(path: Path, pipe: Any, preset: str, dtype: torch.dtype, device: str, progress: bool) -> Variant:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convrot_quant.config import Scheme
-from convrot_quant.plans import Plan
+from convrot_quant.plans import LayerPlan, Plan
 
 ROWS = 2048  # of each layer: 6 GB in all for FLUX.1-dev, and about as many as its rows are long
 NOT_CALIBRATED = (
@@ -90,10 +90,15 @@ class Calibration:
         return {name: self._rounded(name, scheme) for name, scheme in schemes.items()}
 
     def plan(self, decided: Plan) -> Plan:
-        """The same of a plan."""
-        schemes = self.rounded(decided)
-        layers = [replace(layer, scheme=schemes.get(layer.name)) for layer in decided.layers]
+        """The same of a plan, whose notes say so."""
+        layers = [self._planned(layer) for layer in decided.layers]
         return Plan(layers, decided.config, decided.model_class, decided.other_bytes)
+
+    def _planned(self, layer: LayerPlan) -> LayerPlan:
+        scheme = None if layer.scheme is None else self._rounded(layer.name, layer.scheme)
+        if scheme == layer.scheme:
+            return layer
+        return replace(layer, scheme=scheme, note="; ".join(filter(None, (layer.note, "calibrated"))))
 
     def _rounded(self, name: str, scheme: Scheme) -> Scheme:
         seen = sum(map(len, self._kept.get(name, ())))

@@ -175,11 +175,10 @@ class ConvLinear4bit(nn.Linear):
         own = (Side(self.low_rank_down, self.low_rank_up, 1.0),) if self.scheme.low_rank else ()
         if not self._side_scales:
             return own
-        added = (
+        return own + tuple(
             Side(getattr(self, _side_name(name, "down")), getattr(self, _side_name(name, "up")), scale)
             for name, scale in self._side_scales.items()
         )
-        return (*own, *added)
 
     @property
     def has_added_sides(self) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BRANCH_LEAVES = ("low_rank_down", "low_rank_up")  # a layer's buffers, in the order of Branch
 ITERATIONS, OVERSAMPLING = 10, 8
 
 

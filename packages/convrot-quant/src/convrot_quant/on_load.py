@@ -16,13 +16,13 @@ from convrot_kernels import preferred_layout
 from convrot_quant.config import QuantConfig
 from convrot_quant.fuse import fuse_
 from convrot_quant.linear import COMPUTE_DTYPES, ConvLinear4bit
+from convrot_quant.low_rank import BRANCH_LEAVES
 from convrot_quant.manifest import FORMAT_VERSION, PLAN_KEY, VERSION_KEY, VERSIONS_KEY, CheckpointError
 from convrot_quant.patch import plan
 from convrot_quant.plans import Plan
 from convrot_quant.rules import cannot_hold, linears
 from convrot_quant.versions import versions
 
-BRANCH_LEAVES = ("low_rank_down", "low_rank_up")
 QUANTIZED_LEAVES = ("weight", "weight_scale", *BRANCH_LEAVES)
 
 

@@ -21,7 +21,7 @@ from convrot_quant.fuse import fuse_, unfuse_
 from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.plans import LayerPlan, Plan
 from convrot_quant.quantizing import quantize_weight
-from convrot_quant.rules import Linear, cannot_run, choose, linears
+from convrot_quant.rules import Linear, cannot_hold, cannot_run, choose, linears
 
 
 def plan(model: nn.Module, config: QuantConfig | str = "ours") -> Plan:
@@ -179,8 +179,8 @@ def _unfit(module: nn.Linear, scheme: Scheme, device: torch.device | str | None)
 
     No sum of a rotation, nor a partial one, exceeds group_size * absmax: smaller weights need no try.
     """
-    if module.in_features % scheme.group_size:
-        return f"K={module.in_features} is not a multiple of group_size={scheme.group_size}"
+    if reason := cannot_hold(module, scheme):
+        return reason
     if module.weight.is_meta:
         return "its weight is on the meta device; load the weights first"
     low, high = (float(extreme) for extreme in module.weight.detach().aminmax())

@@ -23,6 +23,7 @@ from convrot_quant.contents import write_shards
 from convrot_quant.fuse import fuse_
 from convrot_quant.linear import ConvLinear4bit
 from convrot_quant.lora_files import LoraFile
+from convrot_quant.low_rank import BRANCH_LEAVES
 from convrot_quant.manifest import CheckpointError
 from convrot_quant.model_card import write_model_card
 from convrot_quant.patch import plan, plan_of
@@ -158,7 +159,7 @@ class _Quantized:
             raise CheckpointError(f"{self.source.folder}: {self.name!r} cannot be quantized: {error}") from None
         parts = {"weight": made.codes, "weight_scale": made.scale}
         if made.branch is not None:
-            parts |= {"low_rank_down": made.branch.down, "low_rank_up": made.branch.up}
+            parts |= dict(zip(BRANCH_LEAVES, made.branch, strict=True))
         return {leaf: tensor.cpu() for leaf, tensor in parts.items()}
 
 

@@ -20,6 +20,7 @@ from convrot_quant.comfy import with_diffusers_keys
 from convrot_quant.config import Scheme
 from convrot_quant.contents import Contents, UnknownModelError, build, schemes_text
 from convrot_quant.convert import read_quantized
+from convrot_quant.low_rank import BRANCH_LEAVES
 from convrot_quant.tensorfile import DIGEST_KEY, Stored, digest_of, read_tensors
 
 # ComfyUI's own quantizer on a fixed weight (8, 256): exact in fp32, so every correct quantizer has these bytes
@@ -71,6 +72,8 @@ def verify(
         if scheme is not None and leaf == "weight" and least < (-7 if scheme.weight_bits == 4 else -127):
             low.append(name)
         if scheme is not None and leaf == "weight_scale" and not _are_scales(stored.value()):
+            wrong.append(name)
+        if scheme is not None and leaf in BRANCH_LEAVES and not stored.value().isfinite().all():
             wrong.append(name)
     checks += [_codes(contents, low), _scales(contents, wrong), golden()]
     return Report(contents.schemes, tuple(checks), hashes)

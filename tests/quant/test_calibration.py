@@ -62,6 +62,23 @@ def test_codes_undo_the_error_of_the_columns_before() -> None:
     assert gptq_codes(torch.tensor([[1.4, 1.4]]), torch.ones(1, 1), independent, 7).tolist() == [[1, 1]]
 
 
+@pytest.mark.parametrize("rows", [64, 256, 1024])
+@pytest.mark.parametrize("order", [0.0, 0.3, 1.0])
+def test_few_rows_are_not_believed_more_than_they_show(rows: int, order: float) -> None:
+    """On other rows the error is no larger than without, however few were seen and however little order they have."""
+    k = 512
+    basis = torch.linalg.qr(torch.randn(k, k)).Q
+    spread = torch.arange(1, k + 1).float() ** -order
+    x, other = (torch.randn(count, k) * spread @ basis for count in (rows, 2000))
+    weight = torch.randn(64, k)
+    scale = weight.abs().amax(1, keepdim=True) / 10
+    errors = [
+        distance(other @ (codes * scale).T, other @ weight.T)
+        for codes in (gptq_codes(weight, scale, x, 7), (weight / scale).round().clamp(-7, 7))
+    ]
+    assert errors[0] < (1.01 if order < 1 else 0.5) * errors[1]
+
+
 def test_a_device_rounds_as_the_cpu_does(device: str) -> None:
     weight, x = torch.randn(32, 256), correlated(512, 256)
     scale = weight.abs().amax(1, keepdim=True) / 7

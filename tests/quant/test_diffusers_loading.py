@@ -191,6 +191,7 @@ def test_a_16_bit_layer_is_gone_before_the_next_is_read(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_peak_memory_on_a_gpu_is_the_quantized_model_and_one_layer(folder: Path) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@ Nothing needs it: without one, a model is quantized by its weights alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from convrot_quant.config import Scheme
 from convrot_quant.plans import LayerPlan, Plan
+from convrot_quant.probe import some_rows
 
-ROWS = 2048  # of each layer: 6 GB in all for FLUX.1-dev, and about as many as its rows are long
+ROWS = 2048  # of each layer: by their sizes 6 GB in all for FLUX.1-dev
 NOT_CALIBRATED = (
     "weight_rounding='gptq' needs rows that the layer reads; quantize with a calibration (--calibrate PROMPTS), or use "
     "weight_rounding='balanced'"
@@ -28,7 +29,8 @@ class Calibration:
     """Use as a context around runs of the 16-bit model, then give it to quantize_ or apply.
 
     `names`: the layers to look at, all linears by default. `calls`: how often the model will run; `rows` are spread
-    evenly over calls and tokens. They lie on the CPU, once for layers that read the same tensor.
+    evenly over calls and tokens. They lie on the CPU, once for layers that read the same tensor; rows with inf or NaN
+    are left out.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, *, calls: int, rows: int = ROWS) -> None:
@@ -38,15 +40,15 @@ class Calibration:
             names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         self._layers = {name: model.get_submodule(name) for name in names}
         self._each = -(-rows // calls)
-        self._kept: Mapping[str, Sequence[Tensor]] = defaultdict(list)
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[str, list[Tensor]] = defaultdict(list)
+        self._last: tuple[Tensor, int, Tensor] | None = None
         self._hooks: list[Any] = []
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> Calibration:
         """{layer: (C, K)} that were captured elsewhere."""
         made = cls(nn.Module(), (), calls=1)
-        made._kept = {name: [rows] for name, rows in inputs.items()}
+        made._kept = {name: [_finite(rows)] for name, rows in inputs.items()}
         return made
 
     def __enter__(self) -> Calibration:
@@ -63,27 +65,30 @@ class Calibration:
 
     def _keep(self, name: str) -> Any:
         def keep(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if self._last is None or self._last[0] is not arguments[0]:
-                self._last = arguments[0], self._some(arguments[0])
-            self._kept[name].append(self._last[1])  # type: ignore[attr-defined]  # a list, while it records
+            self._kept[name].append(self._rows(arguments[0]))
 
         return keep
 
-    def _some(self, x: Tensor) -> Tensor:
-        rows = x.detach().flatten(0, -2)
-        return rows[:: max(1, len(rows) // self._each)][: self._each].to("cpu", copy=True)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether a layer ran."""
-        return bool(self._kept.get(name))  # type: ignore[call-overload]
+    def _rows(self, x: Tensor) -> Tensor:
+        """(..., K) -> some of its rows; those kept last if that was the same tensor, and nothing was written to it."""
+        if x.is_inference():  # has no count of what was written
+            return _finite(some_rows(x, self._each))
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            self._last = x, x._version, _finite(some_rows(x, self._each))
+        return self._last[2]
 
     def inputs(self, name: str) -> Tensor | None:
-        """(C, K) of a layer on the CPU, rows with inf or NaN left out; None for one that did not run."""
+        """(C, K) of a layer on the CPU; None for one that did not run."""
         kept = self._kept.get(name)
-        if not kept:
-            return None
-        rows = torch.cat(list(kept))
-        return rows[rows.isfinite().all(dim=1)]
+        return torch.cat(kept) if kept else None
+
+    def cannot_round(self, name: str, in_features: int) -> str:
+        """Why the rows of this layer are none to round it by, or ""."""
+        kept = self._kept.get(name, [])
+        if not sum(map(len, kept)):
+            return NOT_CALIBRATED
+        other = next((rows.shape[1] for rows in kept if rows.shape[1] != in_features), None)
+        return "" if other is None else f"its calibration has rows of {other} values, and K={in_features}"
 
     def rounded(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """The schemes, "gptq" where 4-bit weights are to be rounded and enough rows were seen."""
@@ -103,6 +108,11 @@ class Calibration:
     def _rounded(self, name: str, scheme: Scheme) -> Scheme:
         seen = sum(map(len, self._kept.get(name, ())))
         return replace(scheme, weight_rounding="gptq") if scheme.weight_bits == 4 and seen >= LEAST_ROWS else scheme
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """(C, K) -> the rows without inf and NaN."""
+    return rows[rows.isfinite().all(dim=1)]
 
 
 def inputs_of(calibration: Calibration | None, name: str, scheme: Scheme) -> Tensor | None:

@@ -123,10 +123,9 @@ def finish(model: nn.Module, decided: Plan, dtype: torch.dtype) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, ConvLinear4bit), f"{name} was loaded past the quantizer"
         layer.compute_dtype = dtype
-        for leaf in ("weight_scale", *BRANCH_LEAVES):
-            found = getattr(layer, leaf, layer.weight_scale).dtype
-            if not found.is_floating_point:
-                raise CheckpointError(f"'{name}.{leaf}' must not be {found}; save the model again")
+        for leaf, tensor in layer.named_buffers():
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"'{name}.{leaf}' must not be {tensor.dtype}; save the model again")
         if scheme.weight_bits == 4 and layer.weight.dtype == torch.int8:  # files hold packed codes as I8
             layer.weight = nn.Parameter(layer.weight.detach().view(torch.uint8), requires_grad=False)
         if layer.weight.is_cuda:

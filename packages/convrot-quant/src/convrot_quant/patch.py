@@ -168,8 +168,9 @@ def _check_plan(
             was = (old.out_features, old.in_features)
             raise ValueError(f"apply: {name!r} is {shape} here and {was} in the plan (N, K); plan this model first")
         reason = cannot_run(layers[name]) or _unfit(module, scheme, device)
-        if scheme.weight_rounding == "gptq" and (calibration is None or name not in calibration):
-            reason = reason or NOT_CALIBRATED
+        if scheme.weight_rounding == "gptq":
+            unseen = NOT_CALIBRATED if calibration is None else calibration.cannot_round(name, module.in_features)
+            reason = reason or unseen
         if reason:
             raise ValueError(f"apply: {name!r} cannot be quantized: {reason}")
 

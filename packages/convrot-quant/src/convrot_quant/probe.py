@@ -44,8 +44,8 @@ class LayerProbe:
             call = self._seen[name]
             self._seen[name] += 1
             if call % self._stride == self._stride // 2 and len(self.inputs[name]) < CALLS:
-                self.inputs[name].append(_rows(arguments[0]))
-                self.outputs[name].append(_rows(output))
+                self.inputs[name].append(some_rows(arguments[0], ROWS))
+                self.outputs[name].append(some_rows(output, ROWS))
 
         return keep
 
@@ -62,8 +62,8 @@ class LayerProbe:
         return float((actual - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., K) -> at most ROWS rows (R, K), copied to the CPU."""
+def some_rows(x: Tensor, most: int) -> Tensor:
+    """(..., K) -> at most `most` rows (R, K), spread evenly, copied to the CPU."""
     rows = x.detach().flatten(0, -2)
-    step = max(1, rows.shape[0] // ROWS)
-    return rows[::step][:ROWS].to("cpu", copy=True)
+    step = max(1, rows.shape[0] // most)
+    return rows[::step][:most].to("cpu", copy=True)

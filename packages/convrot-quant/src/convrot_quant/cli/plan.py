@@ -35,14 +35,14 @@ from convrot_quant.cli.options import (
 )
 from convrot_quant.cli.output import Output, hush
 from convrot_quant.cli.plan_result import Result
-from convrot_quant.cli.runs import prepare
+from convrot_quant.cli.runs import calibrate
 from convrot_quant.folders import check_place, replace_file
 from convrot_quant.fuse import stacked_layers, unfused_blocks
-from convrot_quant.generation import Settings, generate
+from convrot_quant.generation import Settings
 from convrot_quant.latency import MACHINES, Workload
 from convrot_quant.pareto import check_plot
 from convrot_quant.patch import plan
-from convrot_quant.pipeline import ModelFolder, load_pipeline, meta_transformer, open_folder
+from convrot_quant.pipeline import ModelFolder, meta_transformer, open_folder
 from convrot_quant.planner import LADDER, Ladder, Problem, check_budget, scheme_names, spend
 from convrot_quant.probe import LayerProbe
 from convrot_quant.scores import Schemes, Scores, folder_weights, output_scores, schemes_of, weight_scores
@@ -239,11 +239,12 @@ def _score_outputs(
     device: str,
 ) -> Scores:
     """Run the 16-bit pipeline on the prompts and measure each layer on inputs that it saw."""
-    pipe = load_pipeline(folder, dtype=dtype, device=device)
-    prepare(output, pipe, prompts, settings)
-    with LayerProbe(pipe.transformer, wanted, settings.steps * len(prompts)) as probe:
-        generate(pipe, prompts, settings, progress=output.progress, label="calibrate")
-    scores = output_scores(pipe.transformer, probe, wanted, progress=output.progress)
+
+    def listen(model: nn.Module, calls: int) -> LayerProbe:
+        return LayerProbe(model, wanted, calls)
+
+    model, probe = calibrate(output, folder, prompts, settings, dtype, device, listen)
+    scores = output_scores(model, probe, wanted, progress=output.progress)
     idle = [name for name, count in scores.weights.items() if not count]
     if idle:
         output.warn(f"{len(idle)} layers, such as {idle[0]!r}, did not run on these prompts: they get the fewest bits")

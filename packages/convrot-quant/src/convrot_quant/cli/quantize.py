@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
+from convrot_quant.calibration import Calibration
 from convrot_quant.cli.options import (
     Device,
     DType,
@@ -36,6 +39,7 @@ from convrot_quant.config import QuantConfig
 from convrot_quant.folders import check_place
 from convrot_quant.generation import Settings
 from convrot_quant.lora_files import LoraFile
+from convrot_quant.patch import plan as plan_of_model
 from convrot_quant.pipeline import ModelFolder, meta_transformer, open_folder, quantize_folder
 from convrot_quant.plans import Plan, size_text
 
@@ -72,7 +76,7 @@ Calibrate = Annotated[
     Path | None,
     typer.Option(
         help="Prompts, one a line, which the 16-bit pipeline draws first: 4-bit weights are then rounded by what "
-        "layers read (GPTQ). Less error, the same files and speed, minutes instead of seconds.",
+        "layers read (GPTQ). Less error, the same bytes and speed; quantizing takes longer.",
         exists=True,
         dir_okay=False,
     ),
@@ -118,7 +122,7 @@ def command(
         _check_calibration(folder, loras, out, overwrite)
         settings = Settings(seed, steps, guidance, height, width)
         prompts = read_prompts(None, calibrate)
-        calibration = run_calibration(output, folder, config, prompts, settings, dtype.torch, place)
+        _, calibration = run_calibration(output, folder, prompts, settings, dtype.torch, place, _listen(config))
     with output.warnings():
         plans = quantize_folder(
             folder,
@@ -140,6 +144,15 @@ def command(
     output.result(
         {"out": str(out), "loras": merged, "components": {name: _figures(made) for name, made in plans.items()}}
     )
+
+
+def _listen(config: QuantConfig | Plan) -> Callable[[nn.Module, int], Calibration]:
+    """A calibration of the layers that this configuration quantizes."""
+
+    def listen(model: nn.Module, calls: int) -> Calibration:
+        return Calibration(model, config if isinstance(config, Plan) else plan_of_model(model, config), calls=calls)
+
+    return listen
 
 
 def _check_calibration(folder: ModelFolder, loras: list[LoraFile], out: Path, overwrite: bool) -> None:

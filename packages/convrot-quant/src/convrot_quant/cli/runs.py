@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import typer
 from PIL import Image
 from torch import nn
 
-from convrot_quant.calibration import Calibration
 from convrot_quant.cli.options import describe, read_config
 from convrot_quant.cli.output import Output
 from convrot_quant.compare import Result, Variant
-from convrot_quant.config import QuantConfig
 from convrot_quant.folders import check_place
 from convrot_quant.generation import Settings, call_arguments, cut_prompts, generate
 from convrot_quant.patch import plan
 from convrot_quant.pipeline import ModelFolder, load_pipeline
-from convrot_quant.plans import Plan
 from convrot_quant.streaming import load_and_quantize
+
+Listener = TypeVar("Listener")
 
 
 def check_image_file(path: Path | None, option: str) -> None:
@@ -51,19 +51,18 @@ def prepare(output: Output, pipe: Any, prompts: Sequence[str], settings: Setting
 def calibrate(
     output: Output,
     folder: ModelFolder,
-    config: QuantConfig | Plan,
     prompts: Sequence[str],
     settings: Settings,
     dtype: torch.dtype,
     device: str,
-) -> Calibration:
-    """Run the 16-bit pipeline on the prompts and keep rows of what each layer reads."""
+    listen: Callable[[nn.Module, int], AbstractContextManager[Listener]],
+) -> tuple[nn.Module, Listener]:
+    """Run the 16-bit pipeline on the prompts inside of listen(transformer, calls) -> the transformer, what listened."""
     pipe = load_pipeline(folder, dtype=dtype, device=device)
     prepare(output, pipe, prompts, settings)
-    names = config if isinstance(config, Plan) else plan(pipe.transformer, config)
-    with Calibration(pipe.transformer, names, calls=settings.steps * len(prompts)) as seen:
+    with listen(pipe.transformer, settings.steps * len(prompts)) as listener:
         generate(pipe, prompts, settings, progress=output.progress, label="calibrate")
-    return seen
+    return pipe.transformer, listener
 
 
 def preset_variant(path: Path, pipe: Any, preset: str, dtype: torch.dtype, device: str, progress: bool) -> Variant:

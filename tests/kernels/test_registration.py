@@ -41,10 +41,12 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "scaled_mm_gate_residual": lambda: ((*_matrix_product(), torch.ones(2, 24), torch.ones(2, 5, 24)), {}),
     "norm_rope": lambda: ((_x(), *torch.ones(2, 16), *torch.ones(2, 5, 16)), {"eps": 1e-5}),
     "norm_rope_joint": lambda: ((_wide(), _wide(1), *torch.ones(4, 16), *torch.ones(2, 10, 16)), {}),
+    "low_rank_down": lambda: ((_x(), torch.ones(3, 256).bfloat16(), _x(1)), {}),
+    "low_rank_up": lambda: ((_wide(), _x()[..., :5], [torch.ones(64, 5).bfloat16()], [8], [0.5]), {}),
     "pack_int4": lambda: ((make_codes(3, 8),), {}),
     "unpack_int4": lambda: ((ck.pack_int4(make_codes(3, 8)),), {}),
 }
-DIFFERENTIABLE_INPUTS = [op for op in CASES if op not in ("pack_int4", "unpack_int4", "scaled_mm_out")]
+DIFFERENTIABLE_INPUTS = [op for op in CASES if op not in ("pack_int4", "unpack_int4", "scaled_mm_out", "low_rank_up")]
 OPS = pytest.mark.parametrize("op", list(CASES))
 
 
@@ -54,6 +56,12 @@ def _call(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
     if result is None:
         return (args[0],)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _on_meta(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_on_meta(one) for one in arg]
+    return arg.to("meta") if isinstance(arg, Tensor) else arg
 
 
 def _requiring_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -132,7 +140,7 @@ def test_autocast_and_matmul_precision_change_nothing(op: str) -> None:
 def test_meta_tensors_give_shapes_and_dtypes(op: str) -> None:
     args, kwargs = CASES[op]()
     expected = _call(op, args, kwargs)
-    actual = _call(op, tuple(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args), kwargs)
+    actual = _call(op, tuple(_on_meta(arg) for arg in args), kwargs)
     assert [(got.shape, got.dtype) for got in actual] == [(wanted.shape, wanted.dtype) for wanted in expected]
     assert all(got.device.type == "meta" for got in actual)
 

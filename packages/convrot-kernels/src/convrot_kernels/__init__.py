@@ -8,6 +8,8 @@ from convrot_kernels.dispatch import (
     use_backend,
 )
 from convrot_kernels.ops import (
+    low_rank_down,
+    low_rank_up,
     norm_rope,
     norm_rope_joint,
     pack_int4,
@@ -31,6 +33,8 @@ __all__ = [
     "BackendError",
     "available_backends",
     "hadamard",
+    "low_rank_down",
+    "low_rank_up",
     "norm_rope",
     "norm_rope_joint",
     "pack_int4",

@@ -5,6 +5,7 @@ arguments, applies the rules and returns the shape and dtype of each result: the
 Nothing here reads the contents of a tensor, so the same functions serve fake tensors.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -102,6 +103,13 @@ def _check_codes(op: str, name: str, codes: Tensor) -> None:
     if codes.dtype not in (torch.int8, torch.uint8):
         rule = f"{name} must be int8 codes or uint8 packed codes"
         _fail(op, rule, str(codes.dtype), f"quantize {name} with rotate_quantize, or view I8 files as torch.uint8")
+
+
+def _check_written(op: str, out: Tensor) -> None:
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        _fail(op, "out must be contiguous in its last dimension", f"stride {out.stride(-1)}", "slice rows or columns")
+    if out.requires_grad and torch.is_grad_enabled():
+        _fail(op, "out must not require grad", "requires_grad=True", "use torch.no_grad() or out.detach()")
 
 
 def _check_layout(op: str, layout: str) -> None:
@@ -251,10 +259,7 @@ def scaled_mm_out(
 ) -> tuple[Result, ...]:
     op = "scaled_mm_out"
     _check_shape(op, "out", out, _product(op, a, b, a_scale, b_scale, bias, b_layout, out=out))
-    if out.shape[-1] > 1 and out.stride(-1) != 1:
-        _fail(op, "out must be contiguous in its last dimension", f"stride {out.stride(-1)}", "slice rows or columns")
-    if out.requires_grad and torch.is_grad_enabled():
-        _fail(op, "out must not require grad", "requires_grad=True", "use torch.no_grad() or out.detach()")
+    _check_written(op, out)
     return ()
 
 
@@ -329,6 +334,71 @@ def norm_rope_joint(
         "k_weight": k_weight,
     }
     return _norm_rope("norm_rope_joint", 3, {"text": text, "image": image}, weights, cos, sin, eps)
+
+
+def low_rank_down(
+    x: Tensor,
+    down: Tensor,
+    y: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gelu: bool = False,
+) -> tuple[Result, ...]:
+    op = "low_rank_down"
+    _check_rank(op, x=x)
+    _check_float(op, x=x, down=down, y=y, scale=scale, shift=shift)
+    _check_device(op, x=x, down=down, y=y, scale=scale, shift=shift)
+    _check_same_dtype(op, x=x, down=down)
+    k = x.shape[-1]
+    if gelu + (y is not None) + (scale is not None or shift is not None) > 1:
+        _fail(op, "x is changed in one way at most", "two of gelu, y, and scale with shift", "leave one out")
+    if y is not None:
+        _check_same_dtype(op, x=x, y=y)
+        _check_shape(op, "y", y, (*x.shape[:-1], y.shape[-1]))
+        k += y.shape[-1]
+    if (scale is None) != (shift is None):
+        _fail(op, "scale and shift come together", "one of them", "pass both or none")
+    if scale is not None and shift is not None:
+        _check_per_batch(op, "scale", scale, tuple(x.shape))
+        _check_shape(op, "shift", shift, tuple(scale.shape))
+        if not eps > 0:
+            _fail(op, "eps must be positive", str(eps), "use eps=1e-6")
+    if down.dim() != 2:
+        _fail(op, "down must be a matrix (r, K)", f"{down.dim()} dimensions", "pass the weight of a linear")
+    _check_shape(op, "down", down, (down.shape[0], k))
+    return (Result((*x.shape[:-1], down.shape[0]), x.dtype),)
+
+
+def low_rank_up(
+    out: Tensor,
+    low: Tensor,
+    up: Sequence[Tensor],
+    columns: Sequence[int],
+    alpha: Sequence[float],
+    gate: Tensor | None = None,
+) -> tuple[Result, ...]:
+    op = "low_rank_up"
+    terms = {f"up[{i}]": term for i, term in enumerate(up)}
+    _check_rank(op, out=out)
+    _check_float(op, out=out, low=low, gate=gate, **terms)
+    _check_device(op, out=out, low=low, gate=gate, **terms)
+    _check_same_dtype(op, out=out, low=low, **terms)
+    if not len(up) == len(columns) == len(alpha):
+        got = f"{len(up)} up, {len(columns)} columns, {len(alpha)} alpha"
+        _fail(op, "each term has one column and one alpha", got, "leave columns and alpha out for 0 and 1")
+    for (name, term), column in zip(terms.items(), columns, strict=True):
+        if term.dim() != 2:
+            _fail(op, f"{name} must be a matrix (n, r)", f"{term.dim()} dimensions", "pass the weight of a linear")
+        if not 0 <= column <= out.shape[-1] - term.shape[0]:
+            got = f"{term.shape[0]} columns from {column} on, N={out.shape[-1]}"
+            _fail(op, f"{name} must lie within the columns of out", got, "columns holds the first column of each")
+    _check_shape(op, "low", low, (*out.shape[:-1], sum(term.shape[1] for term in up)))
+    if gate is not None:
+        _check_per_batch(op, "gate", gate, tuple(out.shape))
+    _check_written(op, out)
+    return ()
 
 
 def pack_int4(codes: Tensor) -> tuple[Result, ...]:

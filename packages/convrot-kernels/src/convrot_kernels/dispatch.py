@@ -39,6 +39,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "scaled_mm_gate_residual": _FASTEST_FIRST,
     "norm_rope": _FASTEST_FIRST,
     "norm_rope_joint": _FASTEST_FIRST,
+    "low_rank_down": ("triton", "reference"),
+    "low_rank_up": ("triton", "reference"),
     "pack_int4": ("reference",),
     "unpack_int4": ("reference",),
 }

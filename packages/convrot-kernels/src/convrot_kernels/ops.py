@@ -8,7 +8,7 @@ the namespace `convrot_python`, which holds the same ops and is nobody else's.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,10 +35,14 @@ SCHEMAS = (
     "norm_rope(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor)",
     "norm_rope_joint(Tensor text, Tensor image, Tensor text_q_weight, Tensor text_k_weight, Tensor q_weight, "
     "Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor, Tensor)",
+    "low_rank_down(Tensor x, Tensor down, Tensor? y=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-6, *, "
+    "bool gelu=False) -> Tensor",
+    "low_rank_up(Tensor(a!) out, Tensor low, Tensor[] up, int[] columns, float[] alpha, Tensor? gate=None) -> ()",
     "pack_int4(Tensor codes) -> Tensor",
     "unpack_int4(Tensor packed) -> Tensor",
 )
 
+_WRITING = ("scaled_mm_out", "low_rank_up")
 _REFUSE = "refuse_gradient(Tensor grad, Tensor input, str op) -> Tensor"
 
 _LIBRARY = torch.library.Library("convrot", "DEF")
@@ -125,7 +129,7 @@ class _NotDifferentiable(torch.autograd.Function):
 
 def _call(op: str, *args: Any, **options: Any) -> Any:
     """Run the op: with a backward that refuses where one could be asked for. An op that writes has none to ask for."""
-    asks = torch.is_grad_enabled() and op != "scaled_mm_out"
+    asks = torch.is_grad_enabled() and op not in _WRITING
     if asks and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _NotDifferentiable.apply(op, options, *args)
     try:
@@ -256,8 +260,13 @@ def scaled_mm_out(
     if out.requires_grad:  # which compiled code cannot ask
         checks.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
     _call("scaled_mm_out", out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
+    _written(out)
+
+
+def _written(out: Tensor) -> None:
+    """A kernel writes behind autograd's back."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
+        torch.autograd.graph.increment_version(out)
 
 
 def scaled_mm_gate_residual(
@@ -305,6 +314,43 @@ def norm_rope_joint(
     q and k as in norm_rope, each stream with its own weights, cos and sin (T + I, D); v is copied.
     """
     return _call("norm_rope_joint", text, image, text_q_weight, text_k_weight, q_weight, k_weight, cos, sin, eps)
+
+
+def low_rank_down(
+    x: Tensor,
+    down: Tensor,
+    y: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gelu: bool = False,
+) -> Tensor:
+    """x (..., K), down (r, K), one dtype -> (..., r), that dtype: values @ down^T, fp32 sums, rounded once.
+
+    values: x; with `gelu` gelu(x); with y (..., K2) [x | gelu(y)], down (r, K + K2); with scale and shift, (B, K) or
+    (K,), layer_norm(x) * (1 + scale) + shift: what rotate_quantize and its kin rotate, rounded once to x.dtype.
+    """
+    return _call("low_rank_down", x, down, y, scale, shift, eps, gelu=gelu)
+
+
+def low_rank_up(
+    out: Tensor,
+    low: Tensor,
+    up: Sequence[Tensor],
+    columns: Sequence[int] | None = None,
+    alpha: Sequence[float] | None = None,
+    gate: Tensor | None = None,
+) -> None:
+    """Add to out (B, ..., N) what low-rank terms make of low (B, ..., R): for each of them, in fp32, rounded once,
+
+    out[..., c : c + n] += gate[c : c + n] * alpha * low[..., the next r] @ up^T, up (n, r), its first column c (0), its
+    alpha (1). The r add up to R. gate (B, N) or (N,); all of one dtype. out: its last dimension contiguous.
+    """
+    if out.requires_grad:  # which compiled code cannot ask
+        checks.low_rank_up(out, low, up, columns or [0] * len(up), alpha or [1.0] * len(up), gate)
+    _call("low_rank_up", out, low, list(up), list(columns or [0] * len(up)), list(alpha or [1.0] * len(up)), gate)
+    _written(out)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

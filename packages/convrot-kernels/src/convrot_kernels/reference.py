@@ -187,14 +187,60 @@ def rotate_quantize_modulate(
     clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """rotate_quantize(layer_norm(x) * (1 + scale) + shift), in fp32, rounded once to x.dtype."""
-    gain, offset = _per_batch(1 + scale.float(), x), _per_batch(shift, x)
-    modulated = _layer_norm(x.float(), eps).mul_(gain).add_(offset).to(x.dtype)
+    modulated = _modulated(x, scale, shift, eps)
     return rotate_quantize(modulated, group_size, bits, packed=packed, rule=rule, clip=clip)
+
+
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift, in fp32, rounded once."""
+    gain, offset = _per_batch(1 + scale.float(), x), _per_batch(shift, x)
+    return _layer_norm(x.float(), eps).mul_(gain).add_(offset).to(x.dtype)
 
 
 def _per_batch(vector: Tensor, like: Tensor) -> Tensor:
     """(B, C) -> (B, 1, ..., C) so that it broadcasts over (B, ..., C); (C,) stays."""
     return vector if vector.dim() == 1 else vector.view(vector.shape[0], *[1] * (like.dim() - 2), vector.shape[1])
+
+
+# low-rank terms
+
+
+def low_rank_down(
+    x: Tensor,
+    down: Tensor,
+    y: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gelu: bool = False,
+) -> Tensor:
+    """values @ down^T (..., r), fp32 sums, rounded once; values: what the quantizers rotate, in x.dtype."""
+    if gelu:
+        x = _gelu(x)
+    if y is not None:
+        x = torch.cat((x, _gelu(y)), dim=-1)
+    if scale is not None and shift is not None:
+        x = _modulated(x, scale, shift, eps)
+    return (x.float() @ down.float().t()).to(x.dtype)
+
+
+def low_rank_up(
+    out: Tensor,
+    low: Tensor,
+    up: list[Tensor],
+    columns: list[int],
+    alpha: list[float],
+    gate: Tensor | None = None,
+) -> None:
+    """out[..., c : c + n] += gate * alpha * low @ up^T for each term in turn, in fp32, rounded once."""
+    lows = low.split([term.shape[1] for term in up], dim=-1)
+    for part, term, column, factor in zip(lows, up, columns, alpha, strict=True):
+        target = out.narrow(-1, column, term.shape[0])
+        added = (part.float() @ term.float().t()).mul_(factor)
+        if gate is not None:
+            added.mul_(_per_batch(gate.narrow(-1, column, term.shape[0]), out))
+        target.copy_(added.add_(target))
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ break one of them. Codes are a frozen Parameter, scales an fp32 buffer that `.to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convrot_kernels import (
+    low_rank_up,
     preferred_codes,
     preferred_layout,
     prepare_weight,
@@ -41,8 +42,43 @@ class Side(NamedTuple):
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), the dtype of the weights."""
+        """(..., K) -> (..., N), the dtype of the weights; to the bits that peft's LoRA adds."""
         return functional.linear(functional.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
+
+
+class Terms(NamedTuple):
+    """What the sides of layers over one input make of it: low (B, ..., R), and where each up (n, r) is to be added."""
+
+    low: Tensor | None  # None: there is no side
+    ups: list[Tensor]
+    columns: list[int]
+    scales: list[float]
+
+    def add_to(self, out: Tensor, gate: Tensor | None = None) -> Tensor:
+        """out (B, ..., N), to which the terms are added in place, times gate (B, N)."""
+        if self.low is not None:
+            # `out` comes of a product whose backward refuses, also for what is added behind autograd's back
+            low_rank_up(out.detach(), self.low.detach(), self.ups, self.columns, self.scales, gate)
+        return out
+
+
+def terms(
+    layers: Sequence[tuple[int, Sequence[Side]]], dtype: torch.dtype, project: Callable[[Tensor], Tensor]
+) -> Terms:
+    """layers: (N, sides) in the order of their columns. `project`: the joint down (R, K) of all sides -> (B, ..., R).
+
+    In `dtype`, which peft's adapters may not have. Where there is no side, `project` is not called.
+    """
+    found, column = [], 0
+    for n, sides in layers:
+        found += [(side, column) for side in sides]
+        column += n
+    if not found:
+        return Terms(None, [], [], [])
+    down = [side.down.to(dtype) for side, _ in found]
+    low = project(down[0] if len(down) == 1 else torch.cat(down))
+    ups, columns = [side.up.to(dtype) for side, _ in found], [column for _, column in found]
+    return Terms(low, ups, columns, [side.scale for side, _ in found])
 
 
 class ConvLinear4bit(nn.Linear):

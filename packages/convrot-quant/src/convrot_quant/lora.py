@@ -6,13 +6,11 @@ lost (docs/design.md). `fuse_lora` makes it a side of the layer instead, 16-bit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convrot_quant.linear import ConvLinear4bit, Side
 
@@ -119,50 +117,3 @@ def unwrapped(layer: Any) -> tuple[Any, tuple[Side, ...] | None]:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     found = [None if _is_trained(layer, name) else _side(layer, name) for name in names]
     return layer.base_layer, None if None in found else (*own, *(side for side in found if side is not None))
-
-
-def add_sides(out: Tensor, x: Callable[[], Tensor], layers: Sequence[tuple[int, Sequence[Side]]]) -> Tensor:
-    """Add to each layer's columns of out (..., sum of N), in place, what its sides make of x (..., K).
-
-    layers: (N, sides) in the order of the columns. x is made only where there is a side. Every `down` in one product,
-    each `up` added by its own product as it is written: no term is a tensor of its own.
-    """
-    sides = [side for _, of_layer in layers for side in of_layer]
-    if not sides:
-        return out
-    values = x().flatten(0, -2)
-    low = values @ torch.cat([_in_dtype(side.down, values) for side in sides]).t()
-    rows, column, rank = out.view(-1, out.shape[-1]), 0, 0
-    for n, of_layer in layers:
-        for side in of_layer:
-            last = rank + len(side.down)
-            rows[:, column : column + n].addmm_(low[:, rank:last], _in_dtype(side.up, out).t(), alpha=side.scale)
-            rank = last
-        column += n
-    return out
-
-
-def with_sides(residual: Tensor, gate: Tensor, x: Callable[[], Tensor], sides: Sequence[Side]) -> Tensor:
-    """residual (B, S, N), gate (B, N) -> residual + gate * what the sides make of x (B, S, K); residual without one."""
-    if not sides:
-        return residual
-    values = x()
-    for side in sides:
-        low = values @ _in_dtype(side.down, values).t()
-        up = _in_dtype(side.up, residual).t() * gate.unsqueeze(1)  # (B, r, N)
-        residual = torch.baddbmm(residual, low, up, alpha=side.scale)
-    return residual
-
-
-def _in_dtype(weight: Tensor, like: Tensor) -> Tensor:
-    """The term is a 16-bit one in a 16-bit model: peft may hold adapters in fp32."""
-    return weight.to(like.dtype)
-
-
-def modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """(B, S, K), (B, K), (B, K) -> layer_norm(x) * (1 + scale) + shift in x's dtype: what an adapter reads."""
-    shape, gain = x.shape[-1:], 1 + scale
-    if len(x) == 1:
-        return F.layer_norm(x, shape, gain[0], shift[0], eps)
-    normed = F.layer_norm(x, shape, eps=eps)
-    return torch.addcmul(shift.unsqueeze(1), normed, gain.unsqueeze(1))

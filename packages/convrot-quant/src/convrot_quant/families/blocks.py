@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from convrot_kernels import low_rank_down
 from convrot_quant.config import Scheme
-from convrot_quant.linear import ConvLinear4bit, Side, operand
-from convrot_quant.lora import add_sides, unwrapped
+from convrot_quant.linear import ConvLinear4bit, Side, Terms, operand, terms
+from convrot_quant.lora import unwrapped
 from convrot_quant.stack import Operand, Stack
 
 # embedding -> scheme -> (its version, what the modulation layers of that scheme multiply); goes with the embedding
@@ -25,11 +26,14 @@ class Opened(NamedTuple):
     bases: tuple[ConvLinear4bit, ...]
     sides: tuple[tuple[Side, ...], ...]
 
-    def add_sides(self, out: Tensor, x: Callable[[], Tensor]) -> Tensor:
-        """out (..., sum of N), the product of all of them, plus what adapters make of x (..., K), in place."""
-        return add_sides(
-            out, x, [(base.out_features, sides) for base, sides in zip(self.bases, self.sides, strict=True)]
-        )
+    def each(self) -> list[Opened]:
+        """One by one, for layers that do not read the same."""
+        return [Opened((base,), (sides,)) for base, sides in zip(self.bases, self.sides, strict=True)]
+
+    def terms(self, x: Tensor, **prologue: Any) -> Terms:
+        """What the sides make of x (B, ..., K) after a prologue of low_rank_down; for the layers' joint product."""
+        layers = [(base.out_features, sides) for base, sides in zip(self.bases, self.sides, strict=True)]
+        return terms(layers, x.dtype, lambda down: low_rank_down(x, down, **prologue))
 
 
 def opened(*layers: nn.Module) -> Opened | None:

@@ -13,15 +13,13 @@ of the separate layers with fewer roundings to 16 bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_flux as diffusers_flux
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convrot_kernels import (
     norm_rope,
@@ -36,7 +34,6 @@ from convrot_kernels.checks import HEAD_SIZES
 from convrot_quant.config import Scheme
 from convrot_quant.families.blocks import FusedBlock, Opened, modulations, opened
 from convrot_quant.linear import ConvLinear4bit, quantizer_options
-from convrot_quant.lora import add_sides, modulated, with_sides
 from convrot_quant.stack import Operand, Stack
 
 EPS = 1e-6  # of the blocks' LayerNorms; checked in `fits`
@@ -73,10 +70,6 @@ def _gated(layer: ConvLinear4bit, codes: Operand, gate: Tensor, residual: Tensor
     return scaled_mm_gate_residual(
         a, layer.weight, a_scale, layer.weight_scale, layer.bias, gate, residual, b_layout=layer.weight_layout
     )
-
-
-def _joined_gelu(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cat((x, F.gelu(y, approximate="tanh")), dim=-1)
 
 
 def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,14 +134,14 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         x = _in_a_row(encoder_hidden_states, hidden_states)
         shift, scale, gate = modulations(stacks["modulation"], members["modulation"], temb, 3)
         projection = stacks["projection"](layers.bases, _modulated(x, scale, shift), x.dtype)
-        projection = layers.add_sides(projection, lambda: modulated(x, scale, shift, EPS))
+        layers.terms(x, scale=scale, shift=shift, eps=EPS).add_to(projection)
         attended, hidden = self._attended(projection, image_rotary_emb)
         del projection  # what is not needed any more makes room: the peak of a step is here
         out = last.bases[0]
         codes = rotate_quantize_cat_gelu(attended, hidden, **quantizer_options(out.scheme, x.device))
-        x = with_sides(x, gate, partial(_joined_gelu, attended, hidden), last.sides[0])
+        added = last.terms(attended, y=hidden)
         del attended, hidden
-        x = _clipped(_gated(out, codes, gate, x))
+        x = _clipped(added.add_to(_gated(out, codes, gate, x), gate))
         text = encoder_hidden_states.shape[1]
         return x[:, :text], x[:, text:]
 
@@ -230,20 +223,19 @@ def _projected(stack: Stack, layers: Any, x: Tensor, vectors: Sequence[Tensor]) 
     """q, k and v of one stream of a double block."""
     shift, scale = vectors[:2]
     out = stack(layers.bases, _modulated(x, scale, shift), x.dtype)
-    return cast(Tensor, layers.add_sides(out, lambda: modulated(x, scale, shift, EPS)))
+    return layers.terms(x, scale=scale, shift=shift, eps=EPS).add_to(out)
 
 
 def _after_attention(x: Tensor, attended: Tensor, layers: Any, vectors: Sequence[Tensor]) -> Tensor:
     """One stream of a double block from attention's output on: projection and feed-forward, both gated and added."""
-    (out, up, down), (out_sides, up_sides, down_sides) = layers
+    out, up, down = layers.each()
     _, _, gate, ff_shift, ff_scale, ff_gate = vectors
-    codes = rotate_quantize(attended, **quantizer_options(out.scheme, x.device))
-    x = _gated(out, codes, gate, with_sides(x, gate, lambda: attended, out_sides))
-    hidden = up.multiply(*_modulated(x, ff_scale, ff_shift)(up.scheme), x.dtype)
-    hidden = add_sides(hidden, lambda: modulated(x, ff_scale, ff_shift, EPS), [(up.out_features, up_sides)])
-    codes = rotate_quantize_gelu(hidden, **quantizer_options(down.scheme, x.device))
-    x = with_sides(x, ff_gate, lambda: F.gelu(hidden, approximate="tanh"), down_sides)
-    return _gated(down, codes, ff_gate, x)
+    codes = rotate_quantize(attended, **quantizer_options(out.bases[0].scheme, x.device))
+    x = out.terms(attended).add_to(_gated(out.bases[0], codes, gate, x), gate)
+    hidden = up.bases[0].multiply(*_modulated(x, ff_scale, ff_shift)(up.bases[0].scheme), x.dtype)
+    up.terms(x, scale=ff_scale, shift=ff_shift, eps=EPS).add_to(hidden)
+    codes = rotate_quantize_gelu(hidden, **quantizer_options(down.bases[0].scheme, x.device))
+    return down.terms(hidden, gelu=True).add_to(_gated(down.bases[0], codes, ff_gate, x), ff_gate)
 
 
 for _block in (FluxSingleTransformerBlock, FluxTransformerBlock):

@@ -21,9 +21,12 @@ from convrot_kernels.backends.cutlass.quantize import (
     rotate_quantize_modulate,
     rotate_quantize_silu_mul,
 )
+from convrot_kernels.backends.triton import low_rank_down, low_rank_up  # bound by memory: the library has none
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "low_rank_down",
+    "low_rank_up",
     "norm_rope",
     "norm_rope_joint",
     "pack_int4",

@@ -16,6 +16,8 @@ import torch
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "low_rank_down",
+    "low_rank_up",
     "norm_rope",
     "norm_rope_joint",
     "pack_int4",
@@ -50,6 +52,8 @@ def _loaded_late(op: str, file: str) -> Callable[..., Any]:
     return run
 
 
+low_rank_down = _loaded_late("low_rank_down", "low_rank_kernel")
+low_rank_up = _loaded_late("low_rank_up", "low_rank_kernel")
 norm_rope = _loaded_late("norm_rope", "norm_rope_kernel")
 norm_rope_joint = _loaded_late("norm_rope_joint", "norm_rope_kernel")
 rotate = _loaded_late("rotate", "rotate_kernel")

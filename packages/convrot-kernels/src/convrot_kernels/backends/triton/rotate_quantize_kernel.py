@@ -65,7 +65,7 @@ def pick_blocks(m: int, k: int, group_size: int) -> Blocks:
 
 
 @triton.jit
-def _gelu(x):
+def gelu_tanh(x):
     u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
     return x / (1.0 + tl.exp(-2.0 * u))  # = x / 2 * (1 + tanh(u)), accurate in the negative tail too
 
@@ -81,10 +81,10 @@ def _values(
         first = columns < split
         x = tl.load(x_row + columns, mask=first, other=0.0)
         y = tl.load(y_row + (columns - split), mask=inside & (columns >= split), other=0.0).to(tl.float32)
-        return tl.where(first, x, rounded(_gelu(y), dtype))
+        return tl.where(first, x, rounded(gelu_tanh(y), dtype))
     x = tl.load(x_row + columns, mask=inside, other=0.0)
     if PROLOGUE == "gelu":
-        x = rounded(_gelu(x.to(tl.float32)), dtype)
+        x = rounded(gelu_tanh(x.to(tl.float32)), dtype)
     if PROLOGUE == "silu_mul":
         x = x.to(tl.float32)
         y = tl.load(y_row + columns, mask=inside, other=0.0).to(tl.float32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., C) -> (M, C), column stride 1: a view of x where one exists, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 is not known of no elements
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -23,6 +23,7 @@ FINE = (-0.15, 0.15, 64)  # around the best of those: 0.3 % apart
 STARTS = 8  # the best scales of the fine grid, from each of which the error is followed down
 ROUNDS = 12  # by which codes repeat
 _BLOCK = 1 << 22  # values sorted at a time: 100 MB of work space
+_GPU_BLOCK = 1 << 24  # and on a GPU, where a hundred launches a block cost more than the work of a small one
 _FINENESS = 1 << 19  # of a step, to which values are told apart: with 1024 columns and a sign 31 bits
 
 
@@ -45,7 +46,8 @@ def quantize_weight(
     checks.quantize_weight(weight, group_size, bits, packed, rule, rounding)
     if (rule, rounding) == ("absmax", "nearest"):
         return rotate_quantize(weight.detach(), group_size, bits, packed=packed)
-    blocks = weight.detach().split(max(1, _BLOCK // weight.shape[1]))
+    block = _BLOCK if weight.device.type == "cpu" else _GPU_BLOCK
+    blocks = weight.detach().split(max(1, block // weight.shape[1]))
     parts = [_quantized(rows, group_size, bits, rule, rounding) for rows in blocks]
     codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return (reference.pack_int4(codes) if packed else codes), scale

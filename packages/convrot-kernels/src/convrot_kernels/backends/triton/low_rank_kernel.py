@@ -28,6 +28,19 @@ def _chunk(x_ptr, rows, start, M, K, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _of_samples(vector_ptr, rows, columns, M, N, stride, rows_per_sample, ROWS: tl.constexpr, ALIKE: tl.constexpr):
+    """-> fp32 (1 or ROWS, columns): what belongs to each row's sample; one row where they are of one sample."""
+    if ALIKE:
+        sample = (tl.program_id(0) * ROWS).to(tl.int64) // rows_per_sample
+        vector = tl.load(vector_ptr + sample * stride + columns, mask=columns < N, other=0.0)[None, :]
+    else:
+        samples = tl.minimum(rows, M - 1) // rows_per_sample
+        places = vector_ptr + samples[:, None] * stride + columns[None, :]
+        vector = tl.load(places, mask=(columns < N)[None, :], other=0.0)
+    return vector.to(tl.float32)
+
+
+@triton.jit
 def _moments(x_ptr, rows, M, K, stride, reduced, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """-> mean and variance (ROWS,) of the rows times `reduced` (ROWS,)."""
     mean = tl.zeros((ROWS,), tl.float32)
@@ -58,7 +71,7 @@ def _times(x, down_ptr, ranks, start, R, K, stride, sums, BLOCK: tl.constexpr):
 def _low_rank_down(
     x_ptr, y_ptr, gain_ptr, shift_ptr, down_ptr, low_ptr,
     M, K, K2, R, stride_x, stride_y, stride_gain, stride_shift, stride_down, rows_per_sample, eps,
-    PROLOGUE: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    PROLOGUE: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     ranks = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
@@ -67,7 +80,6 @@ def _low_rank_down(
 
     mean = tl.zeros((ROWS,), tl.float32)
     spread, reduced = mean, mean + 1.0
-    sample = tl.minimum(rows, M - 1) // rows_per_sample
     if PROLOGUE == "modulate":
         mean, variance = _moments(x_ptr, rows, M, K, stride_x, reduced, ROWS, BLOCK)
         if tl.max(tl.where(variance < INF, 0, 1)) > 0:  # squares that leave fp32; NaN is not less
@@ -81,11 +93,10 @@ def _low_rank_down(
             x = rounded(gelu_tanh(x.to(tl.float32)), dtype)
         if PROLOGUE == "modulate":
             columns = start + tl.arange(0, BLOCK)
-            inside = (columns < K)[None, :]
-            gain = tl.load(gain_ptr + sample[:, None] * stride_gain + columns[None, :], mask=inside, other=0.0)
-            shift = tl.load(shift_ptr + sample[:, None] * stride_shift + columns[None, :], mask=inside, other=0.0)
+            gain = _of_samples(gain_ptr, rows, columns, M, K, stride_gain, rows_per_sample, ROWS, ALIKE)
+            shift = _of_samples(shift_ptr, rows, columns, M, K, stride_shift, rows_per_sample, ROWS, ALIKE)
             normal = (x.to(tl.float32) * reduced[:, None] - mean[:, None]) * spread[:, None]
-            x = rounded(normal * (1.0 + gain.to(tl.float32)) + shift.to(tl.float32), dtype)
+            x = rounded(normal * (1.0 + gain) + shift, dtype)
         sums = _times(x, down_ptr, ranks, start, R, K, stride_down, sums, BLOCK)
     if PROLOGUE == "cat_gelu":
         for start in range(0, K2, BLOCK):
@@ -99,7 +110,7 @@ def _low_rank_down(
 @triton.jit
 def _low_rank_up(
     out_ptr, low_ptr, up_ptr, gate_ptr, M, N, R, stride_out, stride_low, stride_up, stride_gate, rows_per_sample, alpha,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    GATED: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -118,9 +129,7 @@ def _low_rank_up(
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     sums = sums * alpha
     if GATED:
-        sample = rows // rows_per_sample
-        gate = tl.load(gate_ptr + sample[:, None] * stride_gate + columns[None, :], mask=inside, other=0.0)
-        sums = sums * gate.to(tl.float32)
+        sums = sums * _of_samples(gate_ptr, rows, columns, M, N, stride_gate, rows_per_sample, ROWS, ALIKE)
     places = out_ptr + rows[:, None] * stride_out + columns[None, :]
     out = tl.load(places, mask=inside, other=0.0)
     tl.store(places, rounded(out.to(tl.float32) + sums, dtype), mask=inside)
@@ -129,6 +138,11 @@ def _low_rank_up(
 def _ranks(r: int) -> int:
     """Of a tile: tensor cores take 16 at least."""
     return min(MOST_RANKS, max(16, triton.next_power_of_2(r)))
+
+
+def _alike(x: Tensor, sample_rows: int, tile: int) -> bool:
+    """Whether the rows of every tile are of one sample."""
+    return x.dim() < 2 or x.shape[0] == 1 or sample_rows % tile == 0
 
 
 def low_rank_down(
@@ -157,7 +171,7 @@ def low_rank_down(
         _low_rank_down[(triton.cdiv(m, tile), triton.cdiv(r, ranks))](
             rows, more, rows if gain is None else gain, rows if shift is None else shift, down, low,
             m, k, more.shape[1], r, rows.stride(0), more.stride(0), gain_stride, shift_stride, down.stride(0),
-            sample_rows, eps, prologue, tile, ranks, block,
+            sample_rows, eps, prologue, _alike(x, sample_rows, tile), tile, ranks, block,
             num_warps=4, num_stages=4, enable_fp_fusion=False,
         )  # fmt: skip
     return low
@@ -192,7 +206,7 @@ def low_rank_up(
                 _low_rank_up[(triton.cdiv(m, tile), triton.cdiv(n, wide))](
                     target[:, column:], rows[:, first:], term, term if gate is None else gate[..., column:],
                     m, n, r, target.stride(0), rows.stride(0), term.stride(0), gate_stride, sample_rows, factor,
-                    gate is not None, tile, wide, ranks,
+                    gate is not None, _alike(out, sample_rows, tile), tile, wide, ranks,
                     num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
             first += r

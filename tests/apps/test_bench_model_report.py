@@ -103,6 +103,44 @@ def test_every_figure_of_models_is_in_their_table(tmp_path):
     assert columns == {10, 13}
 
 
+def test_ways_to_share_several_gpus_are_one_table(tmp_path):
+    writer, shape = Writer(tmp_path / "m.jsonl", "model", FACTS), shape_of(1024) | {"gpus": 2}
+
+    def write(case, ours, baseline, **more):
+        spread = {"p10": 0.9 * ours, "p90": 1.1 * ours, "baseline_p10": 90.0, "baseline_p90": 110.0, "runs": 15}
+        distances = {"relative_l2": 0.3, "baseline_relative_l2": 0.02}
+        more = MORE | spread | distances | {"how": "cuda graph of eager", "baseline_how": "compiled"} | more
+        writer.write(case, shape, ours, baseline, "ms", "BF16, ring", **more)
+
+    write("flux_ring_graph", 50.0, 112.0)
+    write("flux_ring", 50.0, 100.0)
+    writer.write("flux_ring_efficiency", shape, 0.75, 0.625, "share", "BF16, ring", **MORE)
+    writer.write("flux_ring_distance", shape, 0.3, 0.4, "relative_l2", "compiled from eager", **MORE)
+    table = report.TABLES["model"](load([tmp_path / "m.jsonl"]))
+    assert "`flux_ring" not in table
+    assert "FLUX.1-dev on 2 GPUs, 1024 x 1024, batch 1, in ms a step" in table
+    assert "median of 15. Efficiency: the time of one GPU over 2 times that of 2." in table
+    assert "| a step shared, ring | both as CUDA graphs | 50.0 | 45.0–55.0 | 112.0 | 90.0–110.0 | 2.24 |  |" in table
+    assert (
+        "| a step shared, ring | each its fastest: cuda graph of eager, BF16 compiled "
+        "| 50.0 | 45.0–55.0 | 100.0 | 90.0–110.0 | 2.00 | 75%, 62% |" in table
+    )
+    assert "with random weights: ring 0.300 (BF16 0.020); compiled from eager: 0.400." in table
+
+
+def test_a_long_error_is_cut_and_what_was_never_run_says_so(tmp_path):
+    writer = Writer(tmp_path / "m.jsonl", "model", FACTS)
+    more = MORE | {"how": "eager", "peer_version": "1", "error": "RuntimeError: when calling `f(" + " descriptor" * 40}
+    writer.write(f"peer_{PEERS[0].name}", shape_of(1024), 100.0, None, "ms", PEERS[0].title, **more)
+    rows = load([tmp_path / "m.jsonl"])
+    for name in ("model", "model_bars"):
+        (line,) = [line for line in report.TABLES[name](rows).splitlines() if "does not run" in line]
+        assert "does not run: RuntimeError: when calling 'f( descriptor" in line
+        assert line.count("descriptor") < 8
+        assert "…" in line
+    assert report.TABLES["model_bars"](rows).count("| not measured yet |") == len(PEERS) - 1
+
+
 def test_tables_of_models_take_medians_of_the_newest_commit(tmp_path):
     old = [r | {"date": "2020-01-01"} for r in model_rows(tmp_path / "a.jsonl", 9.0, "a", commit="old")]
     runs = [r for i in range(3) for r in model_rows(tmp_path / f"{i}.jsonl", 1.0 + i / 10, str(i))]

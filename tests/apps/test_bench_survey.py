@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convrot_bench import shapes
+from convrot_bench import html, shapes, survey_sections
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.cli import app
 from convrot_bench.family_table import released_plan
@@ -299,6 +299,33 @@ def test_tables_of_rotations_and_peers_say_what_does_not_run():
     assert "| M=1, K=256 | other | does not run: ImportError: a / b | 2.0 |  | 1.5 |  | 10.0 |" in table
     rows = [extra_row("peers/a", {"M": 1}, 5.0, peer_version="1", baseline_l2=0.1, our_l2=0.2)]
     assert "| M=1 | other | 1 | 5.0 | 2.0 | 2.50 | 0.100, 0.200 |" in peers_table(rows)
+    rows = [extra_row("peers/b", {"M": 1}, None, peer_version="1", error="ModuleNotFoundError: No module named 'b'")]
+    assert "| M=1 | other | 1 | not installed there | 2.0 |  |  |" in peers_table(rows)
+
+
+def test_what_a_reader_has_to_know_stands_above_tables_and_charts():
+    more = {"fused": 1.5, "gb_s": 10.0, "baseline_gb_s": 7.0}
+    rows = [extra_row(f"rotations/{way}", {"M": 1, "K": 256}, 3.0, note="Too slow.", **more) for way in "ab"]
+    assert rotations_table(rows).split("\n\n")[1] == "Too slow."
+    assert survey_sections.rotations(html.Source(rows)).intro == "Too slow."
+    newer = [row | {"date": "2027", "commit": "d"} for row in rows]
+    for row in newer:
+        del row["note"]
+    assert "Too slow." not in rotations_table(rows + newer)
+    assert survey_sections.rotations(html.Source(rows + newer)).intro == ""
+
+
+def test_charts_keep_ops_of_one_shape_apart(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(survey_sections, "dots", lambda title, values, axis, most: drawn.update(values))
+    shape = {"model": "FLUX.1-dev", "M": 2, "K": 256}
+    more = {"ceiling": "copy", "gb_s": 1.0}
+    rows = [
+        extra_row("survey/rotate", shape, 1.0, of_ceiling=0.2, **more),
+        extra_row("survey/rotate_quantize", shape, 1.0, of_ceiling=0.6, **more),
+    ]
+    survey_sections.survey(html.Source(rows))
+    assert drawn == {"rotate 2 x 256": {"Triton kernels": 20.0}, "rotate_quantize 2 x 256": {"Triton kernels": 60.0}}
 
 
 @pytest.mark.gpu

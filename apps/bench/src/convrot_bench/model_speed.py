@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable
 from statistics import median
+from textwrap import shorten
 
 from convrot_bench.bars import MET, MISSED, Check, Row, Rows, by_shape, constant, current, head, named, on_gpus
 from convrot_bench.model.kernels import MODULATION, ROTATE, TITLES
 from convrot_bench.model.peers import PEERS
+from convrot_bench.parallel_table import is_parallel, parallel_table
 
 NOTHING = "No runs of whole models are committed yet."
 BREAKDOWN, PEER = "breakdown/", "peer_"
 TARGET = 1.3  # times a peer
+LETTERS = 80  # of an error in a cell
 
 
 def _head(rows: Rows) -> str:
@@ -22,14 +25,16 @@ def _head(rows: Rows) -> str:
 
 
 def model_table(rows: Rows) -> str:
-    """A table a case; of all peers and of the breakdown one each."""
+    """A table a case; of several GPUs, of all peers and of the breakdown one each."""
     rows = current(on_gpus(rows), "model")
     if not rows:
         return NOTHING
     parts = [_head(rows)]
     for case in dict.fromkeys(r["case"] for r in rows):
-        if not case.startswith((BREAKDOWN, PEER)):
+        if not (case.startswith((BREAKDOWN, PEER)) or is_parallel(case)):
             parts.append(_case_table([r for r in rows if r["case"] == case]))
+    if shared := [r for r in rows if is_parallel(r["case"])]:
+        parts.append(parallel_table(shared))
     for prefix, table in ((PEER, _peer_table), (BREAKDOWN, _breakdown_table)):
         if some := [r for r in rows if r["case"].startswith(prefix)]:
             parts.append(table(some))
@@ -87,7 +92,9 @@ def _that_ran(rows: Rows) -> Rows:
 
 
 def _error(row: Row) -> str:
-    return f"does not run: {row['error'].replace('|', '/')}"
+    """Its beginning: all of it stands in the row."""
+    error = row["error"].replace("|", "/").replace("`", "'")
+    return f"does not run: {shorten(error, LETTERS, placeholder=' …')}"
 
 
 def _gigabytes_of(rows: Rows) -> str:
@@ -215,7 +222,7 @@ def _peer(rows: Rows, name: str) -> str:
     """Faster is the bar; the target is only said."""
     rows = _that_ran([r for r in rows if r["case"] == PEER + name])
     if not rows:
-        return "not measured"
+        return "not measured yet"
     if "error" in rows[0]:
         return _error(rows[0])
     ratio = _median(rows, "ratio")

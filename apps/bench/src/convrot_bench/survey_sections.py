@@ -3,14 +3,19 @@
 from statistics import median
 
 from convrot_bench import survey_tables
-from convrot_bench.bars import Row, by_shape
+from convrot_bench.bars import Row, Rows, by_shape
 from convrot_bench.charts import bars, dots, stacks
 from convrot_bench.html import Section, Source, markdown
-from convrot_bench.survey_tables import middle, rows_of
+from convrot_bench.survey_tables import groups_of, middle, notes_of, rows_of
 
 BACKENDS = {"cutlass": "compiled kernels", "triton": "Triton kernels", "reference": "PyTorch reference"}
 # of the steps of a linear and the two fused kernels; stand-ins of charts.py
 STEPS = ("#2a8c5a", "#c79a14", "#e66101", "#1a5fb4", "#8f4fb0", "#4aa3a3", "#b5495b")
+
+
+def _noted(intro: str, rows: Rows) -> str:
+    """Charts stand before the tables: what they cannot show is said above them."""
+    return " ".join(filter(None, [intro, *notes_of(rows)]))
 
 
 def survey(source: Source) -> Section | None:
@@ -22,20 +27,18 @@ def survey(source: Source) -> Section | None:
     most = max(105.0, 105 * max(r["of_ceiling"] for r in rows))
     for model in dict.fromkeys(r["shape"]["model"] for r in rows):
         values: dict[str, dict[str, float]] = {}
-        for group in by_shape(
-            [r for r in rows if r["shape"]["model"] == model and r["backend"] != "reference"]
-        ).values():
+        for group in groups_of([r for r in rows if r["shape"]["model"] == model and r["backend"] != "reference"]):
             share = 100 * median(r["of_ceiling"] for r in group)
             for r in group:
                 values.setdefault(_survey_label(r), {})[BACKENDS[r["backend"]]] = share
         if values:
-            charts.append(dots(f"{model}: rates as a share of what this GPU reaches", values, "per cent", most=most))
+            charts.append(dots(f"{model}: rates as a share of this run's ceiling", values, "per cent", most=most))
     intro = (
-        "Every op at the shapes of five models. Products are given as a share of the best int8 product of this run, "
-        "all other ops as a share of its fastest copy."
+        "Every op at the shapes of five models. Products are given as a share of the best of three large int8 products "
+        "of this run, which others can exceed, all other ops as a share of its fastest copy."
     )
     parts = [markdown(survey_tables.survey_table(source.rows), "Every figure of the survey")]
-    return Section("survey", "Every op, five models", intro, charts=charts, parts=parts)
+    return Section("survey", "Every op, five models", _noted(intro, rows), charts=charts, parts=parts)
 
 
 def _survey_label(row: Row) -> str:
@@ -63,8 +66,8 @@ def steps(source: Source) -> Section | None:
         "Each step reads what the one before it has written; fused, rotation and quantizer are one kernel, product and "
         "epilogue another."
     )
-    parts = [markdown(survey_tables.steps_table(source.rows))]
-    return Section("steps", "Where a linear goes", intro, charts=[chart], parts=parts)
+    parts = [markdown(survey_tables.steps_table(source.rows), "Every step's time")]
+    return Section("steps", "Where a linear goes", _noted(intro, rows), charts=[chart], parts=parts)
 
 
 def rotations(source: Source) -> Section | None:
@@ -79,8 +82,8 @@ def rotations(source: Source) -> Section | None:
             line["rotate (ours)"], line["rotate_quantize (ours)"] = r["ours"], r["fused"]
         line |= {r["baseline_name"]: r["baseline"] for r in group if r["baseline"] is not None}
     chart = bars("Rotating blocks of 256 columns, bf16 (M x K)", values, "us", form="{:.1f}")
-    parts = [markdown(survey_tables.rotations_table(source.rows))]
-    return Section("rotations", "Ways to rotate", charts=[chart], parts=parts)
+    parts = [markdown(survey_tables.rotations_table(source.rows), "Every way to rotate")]
+    return Section("rotations", "Ways to rotate", _noted("", rows), charts=[chart], parts=parts)
 
 
 def peers(source: Source) -> Section | None:
@@ -94,5 +97,9 @@ def peers(source: Source) -> Section | None:
             shape = f"N={r['shape']['N']}, K={r['shape']['K']}"
             values.setdefault(r["baseline_name"], {})[shape] = r["ratio"]
     chart = [bars("Ours against each, M=4608: how many times faster", values, "times faster", at=1)] if values else []
-    parts = [markdown(survey_tables.peers_table(source.rows))]
-    return Section("peers", "Other products and layers", charts=chart, parts=parts)
+    parts = [markdown(survey_tables.peers_table(source.rows), "Every figure of the others")]
+    intro = (
+        "Products of PyTorch against our product alone, layers of other projects against the whole op. Ours has 4 bits "
+        "on both sides and the largest error, which the table has too."
+    )
+    return Section("peers", "Other products and layers", _noted(intro, rows), charts=chart, parts=parts)

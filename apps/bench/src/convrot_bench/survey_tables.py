@@ -30,6 +30,15 @@ def middle(rows: Rows, key: str) -> float:
     return median(r[key] for r in rows)
 
 
+def notes_of(rows: Rows) -> list[str]:
+    """What a reader of these rows has to know: the field `note` of those that have one."""
+    return list(dict.fromkeys(r["note"] for r in rows if "note" in r))
+
+
+def _head(rows: Rows) -> str:
+    return "\n\n".join([head(rows), *notes_of(rows)])
+
+
 def _micro(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
@@ -52,15 +61,16 @@ def survey_table(rows: Rows) -> str:
     some = rows_of(rows, SURVEY)
     if not some:
         return "No survey is committed yet."
-    parts = [head(some), _ceiling(rows_of(rows, CEILING))]
+    parts = [_head(some), _ceiling(rows_of(rows, CEILING))]
     for model in dict.fromkeys(r["shape"]["model"] for r in some):
-        lines = [_survey_line(group) for group in _groups([r for r in some if r["shape"]["model"] == model])]
+        lines = [_survey_line(group) for group in groups_of([r for r in some if r["shape"]["model"] == model])]
         columns = ("op", "shape", "backend", "us", "TOPS", "GB/s", "of the ceiling", "times cuBLAS bf16")
         parts += [f"**{model}**", _table(columns, lines)]
     return "\n\n".join(parts)
 
 
-def _groups(rows: Rows) -> list[Rows]:
+def groups_of(rows: Rows) -> list[Rows]:
+    """Rows of one case, shape and backend together: the same figure, of several runs."""
     cases = dict.fromkeys(r["case"] for r in rows)
     return [group for case in cases for group in by_shape([r for r in rows if r["case"] == case]).values()]
 
@@ -104,7 +114,7 @@ def steps_table(rows: Rows) -> str:
         cells += [f"{middle(group, 'ratio'):.2f}", _micro(middle(group, "bf16"))]
         lines.append([named(group[0]["shape"]), *cells])
     what = "Steps of a W4A4 linear as kernels of their own, and ours that fuse them, in us; times: the sum over ours."
-    return "\n\n".join([head(some), what, _table(columns, lines)])
+    return "\n\n".join([_head(some), what, _table(columns, lines)])
 
 
 def rotations_table(rows: Rows) -> str:
@@ -115,7 +125,7 @@ def rotations_table(rows: Rows) -> str:
     columns = ("shape", "other way", "theirs, us", "`rotate`, us", "times", "`rotate_quantize`, us", "theirs, GB/s",
                "ours, GB/s")  # fmt: skip
     lines = []
-    for group in _groups(some):
+    for group in groups_of(some):
         first = that_ran(group)[0]
         theirs = [_error(first), ""] if "error" in first else [_micro(middle(group, "baseline")), _times(group)]
         cells = [named(first["shape"]), first["baseline_name"], theirs[0], _micro(middle(group, "ours")), theirs[1]]
@@ -124,7 +134,7 @@ def rotations_table(rows: Rows) -> str:
     what = (
         "Blocks of 256 columns, bf16 to bf16; `rotate_quantize` writes 4-bit codes, and is what a quantized layer runs."
     )
-    return "\n\n".join([head(some), what, _table(columns, lines)])
+    return "\n\n".join([_head(some), what, _table(columns, lines)])
 
 
 def peers_table(rows: Rows) -> str:
@@ -134,7 +144,7 @@ def peers_table(rows: Rows) -> str:
         return "No comparison with other projects' layers is committed yet."
     columns = ("shape", "peer", "version", "theirs, us", "ours, us", "times", "rel. L2: theirs, ours")
     lines = []
-    for group in _groups(some):
+    for group in groups_of(some):
         first = that_ran(group)[0]
         theirs = [_error(first), ""] if "error" in first else [_micro(middle(group, "baseline")), _times(group)]
         errors = f"{first['baseline_l2']:.3f}, {first['our_l2']:.3f}" if "baseline_l2" in first else ""
@@ -144,7 +154,7 @@ def peers_table(rows: Rows) -> str:
         "Products of PyTorch against `scaled_mm`, layers of other projects against the whole op: rotate, quantize, "
         "multiply, bias."
     )
-    return "\n\n".join([head(some), what, _table(columns, lines)])
+    return "\n\n".join([_head(some), what, _table(columns, lines)])
 
 
 def that_ran(rows: Rows) -> Rows:
@@ -157,4 +167,6 @@ def _times(rows: Rows) -> str:
 
 
 def _error(row: Row) -> str:
+    if row["error"].startswith("ModuleNotFoundError"):
+        return "not installed there"
     return f"does not run: {row['error'].replace('|', '/')}"

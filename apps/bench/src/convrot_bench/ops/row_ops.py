@@ -19,6 +19,8 @@ from convrot_bench.ops.rotations import Variant as Rotation
 from convrot_bench.results import Figure
 from convrot_bench.shapes import Family
 from convrot_kernels import (
+    low_rank_down,
+    low_rank_up,
     norm_rope,
     norm_rope_joint,
     pack_int4,
@@ -34,6 +36,7 @@ from convrot_kernels.dispatch import ORDER
 CASE, COPY = "survey/", "copy at the highest rate"
 ROUNDED = 5e-3  # relative error of what is rounded to bf16 once or twice in another order
 FIRST = 1024  # rows compared with the reference, beside the last
+RANK = 16  # of low-rank terms
 REFERENCED = ("rotate", "rotate_quantize")  # timed on the reference too, once a run
 
 
@@ -169,6 +172,37 @@ def _gate_norm(op: Callable[..., Any]) -> Callable[[str, Callable[..., Any], tup
         name = f"{getattr(op, '__name__', 'op')} of {backend}"
         for out, exact in zip(call(*arguments), wanted, strict=True):
             gate_close(name, out, exact, ROUNDED)
+
+    return gate
+
+
+def low_rank(family: Family) -> list[RowOp]:
+    """A term of RANK beside the family's widest linear: its input read once, its output read and written once."""
+    n, k = max(family.linears, key=lambda nk: nk[0] * nk[1])
+    m, more = family.tokens, {"model": family.name, "M": family.tokens, "rank": RANK}
+
+    def down(source: Source) -> tuple[Tensor, ...]:
+        return source.inputs(m, k), source.weight(RANK, k)
+
+    def up(source: Source) -> tuple[Tensor, ...]:
+        return source.inputs(m, n), source.inputs(m, RANK), source.weight(n, RANK)
+
+    def add(out: Tensor, low: Tensor, term: Tensor) -> Tensor:
+        low_rank_up(out, low, [term])
+        return out
+
+    return [
+        RowOp("low_rank_down", more | {"K": k}, 2 * m * k, down, low_rank_down, _gate_low_rank(low_rank_down)),
+        RowOp("low_rank_up", more | {"N": n}, 4 * m * n, up, add, _gate_low_rank(add)),
+    ]
+
+
+def _gate_low_rank(op: Callable[..., Tensor]) -> Callable[[str, Callable[..., Any], tuple[Any, ...]], None]:
+    def gate(backend: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        first, *rest = arguments
+        with use_backend("reference"):
+            wanted = op(first.clone(), *rest)
+        gate_close(f"low-rank term of {backend}", call(first.clone(), *rest), wanted, ROUNDED)
 
     return gate
 

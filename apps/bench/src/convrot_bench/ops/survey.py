@@ -49,7 +49,7 @@ def _rest(ceiling: Ceiling, family: Family) -> Job:
     def measure(bench: Bench) -> Iterator[Figure]:
         if family.modulation:
             yield from products.modulation(bench, ceiling, family, *family.modulation)
-        for op in (*row_ops.norms(family), *row_ops.packing(family)):
+        for op in (*row_ops.norms(family), *row_ops.low_rank(family), *row_ops.packing(family)):
             yield from row_ops.measure(bench, ceiling, [op])
 
-    return Job(f"survey {family.name} modulation, norms and packing", measure)
+    return Job(f"survey {family.name} modulation, norms, low-rank terms and packing", measure)

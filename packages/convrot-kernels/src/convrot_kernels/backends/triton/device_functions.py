@@ -23,7 +23,7 @@ from torch import Tensor
 SHRINK = {16: 8.0, 64: 16.0, 256: 32.0, 1024: 64.0}  # group size -> 2 sqrt(n)
 LEAST_COLUMNS = {16: 256, 64: 1024, 256: 256, 1024: 1024}  # group size -> columns of the least tile: dots need 16 rows
 
-_kept_tables: dict[tuple[int, torch.dtype, torch.device, int], tuple[Tensor, Tensor]] = {}
+_kept_tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _signs(n: int, device: torch.device) -> Tensor:
@@ -37,10 +37,9 @@ def _signs(n: int, device: torch.device) -> Tensor:
 def tables(group_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """-> the right and the left factor of the rotation for inputs of `dtype`; what a graph captures is not kept.
 
-    Kept for each stream: another could read them before they are written.
+    The first call on a device waits for its stream once, so that no other stream reads them half-written.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (group_size, dtype, device, stream)
+    key = (group_size, dtype, device)
     if key in _kept_tables:
         return _kept_tables[key]
     one_factor = group_size <= 64
@@ -48,8 +47,11 @@ def tables(group_size: int, dtype: torch.dtype, device: torch.device) -> tuple[T
     right = (right * 8).bfloat16() if dtype == torch.float32 else right.to(dtype)  # fp32 inputs are divided by 8 first
     left = _signs(max(16, group_size // 16), device)  # of 16 where there is one factor: loaded, not used
     pair = right, (left / len(left)).bfloat16()
-    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        _kept_tables[key] = pair
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return pair
+        torch.cuda.current_stream(device).synchronize()
+    _kept_tables[key] = pair
     return pair
 
 

@@ -9,6 +9,7 @@ import torch
 
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.model import conversion as table
+from convrot_bench.model import watching
 from convrot_bench.model.configs import REAL, TINY
 
 
@@ -45,11 +46,11 @@ def test_anonymous_memory_of_another_process_is_what_it_holds():
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "ready\n"
-        assert 64 << 20 <= table.anonymous(child.pid) < 128 << 20
+        assert 64 << 20 <= watching.anonymous(child.pid) < 128 << 20
     finally:
         child.kill()
         child.communicate()
-    assert table.anonymous(child.pid) == 0
+    assert watching.anonymous(child.pid) == 0
 
 
 def test_a_killed_run_shows_nothing_and_one_that_ends_before_is_refused(folder, tmp_path, monkeypatch):

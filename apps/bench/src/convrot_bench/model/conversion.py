@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,13 +29,12 @@ from convrot_bench.model.flux import MODEL
 from convrot_bench.model.phases import Phases
 from convrot_bench.model.sides import facts
 from convrot_bench.model.timing import is_gpu
+from convrot_bench.model.watching import GIVEN_UP, SAMPLED, watched
 from convrot_bench.results import Figure
 
-SAMPLED = 0.01  # seconds between two looks at a process
 NEEDED = 42e9  # bytes on disk at the same time
 FIRST_LAYERS = {"num_layers": 1, "num_single_layers": 0}  # 0.8 GB
 CORES = 2
-GIVEN_UP = 400  # seconds
 READ = 8 * 2**20
 # the command itself; on stdout the seconds of quantize_to, which leave out imports, CUDA's start and fsync
 CHILD = """
@@ -164,27 +162,10 @@ def _start(source: Path, out: Path, device: str, cores: int | None = None) -> su
 
 def convert(source: Path, out: Path, device: str, *, cores: int | None = None) -> Conversion:
     """Run the command to its end and watch it; an error of the command is one here."""
-    free, begin = _gpu_free(device), time.perf_counter()
-    process, over = _start(source, out, device, cores), threading.Event()
-    peaks = {"host": 0, "gpu": 0}
-
-    def watch() -> None:
-        while not over.wait(SAMPLED):
-            peaks["host"] = max(peaks["host"], anonymous(process.pid))
-            peaks["gpu"] = max(peaks["gpu"], free - _gpu_free(device))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        said, errors = process.communicate(timeout=GIVEN_UP)
-    finally:
-        over.set()
-        watcher.join()
-        process.kill()
-    seconds = time.perf_counter() - begin
-    if process.returncode:
-        raise GateError(f"conversion: convrot quantize failed with {process.returncode}: {errors.strip()[-500:]}")
-    return Conversion(seconds, json.loads(said.splitlines()[-1])["seconds"], peaks["host"], peaks["gpu"])
+    found = watched(lambda: _start(source, out, device, cores), device, "conversion: convrot quantize")
+    return Conversion(
+        found.seconds, json.loads(found.said.splitlines()[-1])["seconds"], found.host_peak, found.gpu_peak
+    )
 
 
 def kill_half_way(source: Path, out: Path, device: str, size: int) -> int:
@@ -216,19 +197,6 @@ def different_files(one: Path, other: Path) -> list[str]:
     names = sorted({path.name for folder in (one, other) for path in folder.iterdir()} - {"README.md"})
     _, changed, absent = filecmp.cmpfiles(one, other, names, shallow=False)
     return changed + absent
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of a process's memory that no file backs; 0 where it has ended or there is no /proc."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
-def _gpu_free(device: str) -> int:
-    return int(torch.cuda.mem_get_info()[0]) if is_gpu(device) else 0
 
 
 def _size(folder: Path) -> int:

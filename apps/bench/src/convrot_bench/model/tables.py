@@ -20,6 +20,7 @@ from convrot_bench.model.pipeline import pipeline
 from convrot_bench.model.sizes import sizes
 from convrot_bench.model.step import step
 from convrot_bench.model.timing import QUICK, QUICK_IMAGES
+from convrot_bench.model.vram import vram
 from convrot_bench.results import Figure
 
 Measure = Callable[[Bench, Scale], Iterator[Figure]]
@@ -35,6 +36,7 @@ TABLES: dict[str, dict[str, Measure]] = {
     "lora": {"lora": lora},
     "branch": {"branch": branch},
     "conversion": {"conversion": conversion},
+    "vram": {"vram": vram},
     "parallel": {"parallel": parallel},
 }
 

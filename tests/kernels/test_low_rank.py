@@ -63,7 +63,7 @@ def test_down_is_the_product_of_what_a_quantizer_reads(
     options = _options(kind, b, rows, k, dtype, device)
     values = _values(x, options)
     down = _random(r, values.shape[-1], dtype=dtype, device=device, seed=1) / 16
-    low = low_rank_down(x, down, **options)
+    low = low_rank_down(x, list(down.split((r + 1) // 2)), **options)
     assert low.dtype == dtype
     # a prologue's own rounding may fall the other way, once in many values
     flips = 0.0 if kind == "none" else ROUNDING[dtype] * 4
@@ -75,7 +75,7 @@ def test_down_of_rows_whose_squares_leave_fp32(backend: str, device: str) -> Non
     x = make_inputs(1, 5, 128, dtype=torch.float32, device=device)
     x[0, 2] *= 1e25
     zeros = torch.zeros(1, 128, device=device)
-    low = low_rank_down(x, torch.eye(8, 128, device=device), scale=zeros, shift=zeros)
+    low = low_rank_down(x, [torch.eye(8, 128, device=device)], scale=zeros, shift=zeros)
     expected = F.layer_norm(x.double(), (128,), eps=0.0)[..., :8]
     torch.testing.assert_close(low.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -83,10 +83,9 @@ def test_down_of_rows_whose_squares_leave_fp32(backend: str, device: str) -> Non
 def test_down_reads_slices_and_transposed_weights(backend: str, device: str) -> None:
     wide = make_inputs(2, 9, 3 * 64, device=device)
     down = _random(64, 12, dtype=torch.bfloat16, device=device).t()
-    assert_equal(
-        low_rank_down(wide[..., 64:128], down), low_rank_down(wide[..., 64:128].contiguous(), down.contiguous())
-    )
-    assert low_rank_down(wide[:0, :, :64], down).shape == (0, 9, 12)
+    part = wide[..., 64:128]
+    assert_equal(low_rank_down(part, [down]), low_rank_down(part.contiguous(), [down.contiguous()]))
+    assert low_rank_down(wide[:0, :, :64], [down]).shape == (0, 9, 12)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -125,10 +124,23 @@ def test_up_writes_into_a_slice_and_into_rows_that_no_one_stride_reaches(backend
     assert expected.count_nonzero() > 0
 
 
+def test_terms_held_in_fp32_are_rounded_to_the_dtype_of_the_values(backend: str, device: str) -> None:
+    x = make_inputs(2, 9, 64, device=device)
+    down, up = (_random(*shape, dtype=torch.float32, device=device) for shape in ((8, 64), (48, 8)))
+    low = low_rank_down(x, [down])
+    assert_equal(low, low_rank_down(x, [down.bfloat16()]))
+    out, other = torch.ones(2, 2, 9, 48, dtype=torch.bfloat16, device=device)
+    low_rank_up(out, low, [up])
+    low_rank_up(other, low, [up.bfloat16()])
+    assert_equal(out, other)
+
+
 def test_empty_low_and_no_term_change_nothing(backend: str, device: str) -> None:
     out = _random(2, 3, 16, dtype=torch.float32, device=device)
     before = out.clone()
-    low_rank_up(out, out.new_zeros(2, 3, 0), [])
+    low = low_rank_down(out, [])
+    assert low.shape == (2, 3, 0)
+    low_rank_up(out, low, [])
     low_rank_up(out[:0], out.new_zeros(0, 3, 4), [out.new_ones(16, 4)])
     assert_equal(out, before)
 
@@ -136,7 +148,7 @@ def test_empty_low_and_no_term_change_nothing(backend: str, device: str) -> None
 def test_compiled_it_adds_in_place(device: str) -> None:
     def layer(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         out = x.repeat(1, 1, 2)
-        low_rank_up(out, low_rank_down(x, down, gelu=True), [up, up], [0, 64], [1.0, 0.5])
+        low_rank_up(out, low_rank_down(x, [down], gelu=True), [up, up], [0, 64], [1.0, 0.5])
         return out * 2
 
     x, down, up = (_random(*shape, dtype=torch.float32, device=device) for shape in ((2, 5, 64), (8, 64), (64, 4)))
@@ -146,7 +158,7 @@ def test_compiled_it_adds_in_place(device: str) -> None:
 
 
 def _down(**change: Any) -> None:
-    low_rank_down(**({"x": torch.zeros(2, 3, 16), "down": torch.zeros(4, 16)} | change))
+    low_rank_down(**({"x": torch.zeros(2, 3, 16), "down": [torch.zeros(4, 16)]} | change))
 
 
 def _up(**change: Any) -> None:
@@ -157,10 +169,11 @@ def _up(**change: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "change", "sentence"),
     [
-        (_down, {"down": torch.zeros(4, 8)}, r"down must have the shape \(4, 16\), got \(4, 8\)"),
-        (_down, {"down": torch.zeros(16)}, r"down must be a matrix \(r, K\), got 1 dimensions"),
-        (_down, {"down": torch.zeros(4, 16).half()}, "x and down must have one dtype"),
-        (_down, {"y": torch.zeros(2, 3, 8)}, r"down must have the shape \(4, 24\), got \(4, 16\)"),
+        (_down, {"down": [torch.zeros(4, 8)]}, r"down\[0\] must have the shape \(4, 16\), got \(4, 8\)"),
+        (_down, {"down": [torch.zeros(16)]}, r"down\[0\] must be a matrix \(r, K\), got 1 dimensions"),
+        (_down, {"down": [torch.zeros(4, 16).int()]}, r"down\[0\] must be float16, bfloat16 or float32"),
+        (_up, {"low": torch.zeros(2, 3, 4).half()}, "out and low must have one dtype"),
+        (_down, {"y": torch.zeros(2, 3, 8)}, r"down\[0\] must have the shape \(4, 24\), got \(4, 16\)"),
         (_down, {"scale": torch.zeros(16)}, "scale and shift come together, got one of them"),
         (_down, {"gelu": True, "y": torch.zeros(2, 3, 8)}, "x is changed in one way at most"),
         (_down, {"scale": torch.zeros(16), "shift": torch.zeros(16), "eps": 0.0}, "eps must be positive"),

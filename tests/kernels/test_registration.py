@@ -41,7 +41,7 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "scaled_mm_gate_residual": lambda: ((*_matrix_product(), torch.ones(2, 24), torch.ones(2, 5, 24)), {}),
     "norm_rope": lambda: ((_x(), *torch.ones(2, 16), *torch.ones(2, 5, 16)), {"eps": 1e-5}),
     "norm_rope_joint": lambda: ((_wide(), _wide(1), *torch.ones(4, 16), *torch.ones(2, 10, 16)), {}),
-    "low_rank_down": lambda: ((_x(), torch.ones(3, 256).bfloat16(), _x(1)), {}),
+    "low_rank_down": lambda: ((_x(), [torch.ones(3, 256).bfloat16()], _x(1)), {}),
     "low_rank_up": lambda: ((_wide(), _x()[..., :5], [torch.ones(64, 5).bfloat16()], [8], [0.5]), {}),
     "pack_int4": lambda: ((make_codes(3, 8),), {}),
     "unpack_int4": lambda: ((ck.pack_int4(make_codes(3, 8)),), {}),

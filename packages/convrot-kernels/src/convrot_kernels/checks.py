@@ -338,7 +338,7 @@ def norm_rope_joint(
 
 def low_rank_down(
     x: Tensor,
-    down: Tensor,
+    down: Sequence[Tensor],
     y: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -347,10 +347,10 @@ def low_rank_down(
     gelu: bool = False,
 ) -> tuple[Result, ...]:
     op = "low_rank_down"
+    terms = {f"down[{i}]": term for i, term in enumerate(down)}
     _check_rank(op, x=x)
-    _check_float(op, x=x, down=down, y=y, scale=scale, shift=shift)
-    _check_device(op, x=x, down=down, y=y, scale=scale, shift=shift)
-    _check_same_dtype(op, x=x, down=down)
+    _check_float(op, x=x, y=y, scale=scale, shift=shift, **terms)
+    _check_device(op, x=x, y=y, scale=scale, shift=shift, **terms)
     k = x.shape[-1]
     if gelu + (y is not None) + (scale is not None or shift is not None) > 1:
         _fail(op, "x is changed in one way at most", "two of gelu, y, and scale with shift", "leave one out")
@@ -365,10 +365,11 @@ def low_rank_down(
         _check_shape(op, "shift", shift, tuple(scale.shape))
         if not eps > 0:
             _fail(op, "eps must be positive", str(eps), "use eps=1e-6")
-    if down.dim() != 2:
-        _fail(op, "down must be a matrix (r, K)", f"{down.dim()} dimensions", "pass the weight of a linear")
-    _check_shape(op, "down", down, (down.shape[0], k))
-    return (Result((*x.shape[:-1], down.shape[0]), x.dtype),)
+    for name, term in terms.items():
+        if term.dim() != 2:
+            _fail(op, f"{name} must be a matrix (r, K)", f"{term.dim()} dimensions", "pass the weight of a linear")
+        _check_shape(op, name, term, (term.shape[0], k))
+    return (Result((*x.shape[:-1], sum(term.shape[0] for term in down)), x.dtype),)
 
 
 def low_rank_up(
@@ -384,7 +385,7 @@ def low_rank_up(
     _check_rank(op, out=out)
     _check_float(op, out=out, low=low, gate=gate, **terms)
     _check_device(op, out=out, low=low, gate=gate, **terms)
-    _check_same_dtype(op, out=out, low=low, **terms)
+    _check_same_dtype(op, out=out, low=low)
     if not len(up) == len(columns) == len(alpha):
         got = f"{len(up)} up, {len(columns)} columns, {len(alpha)} alpha"
         _fail(op, "each term has one column and one alpha", got, "leave columns and alpha out for 0 and 1")

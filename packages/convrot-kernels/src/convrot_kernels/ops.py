@@ -35,7 +35,7 @@ SCHEMAS = (
     "norm_rope(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor)",
     "norm_rope_joint(Tensor text, Tensor image, Tensor text_q_weight, Tensor text_k_weight, Tensor q_weight, "
     "Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor, Tensor)",
-    "low_rank_down(Tensor x, Tensor down, Tensor? y=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-6, *, "
+    "low_rank_down(Tensor x, Tensor[] down, Tensor? y=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-6, *, "
     "bool gelu=False) -> Tensor",
     "low_rank_up(Tensor(a!) out, Tensor low, Tensor[] up, int[] columns, float[] alpha, Tensor? gate=None) -> ()",
     "pack_int4(Tensor codes) -> Tensor",
@@ -318,7 +318,7 @@ def norm_rope_joint(
 
 def low_rank_down(
     x: Tensor,
-    down: Tensor,
+    down: Sequence[Tensor],
     y: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -326,12 +326,13 @@ def low_rank_down(
     *,
     gelu: bool = False,
 ) -> Tensor:
-    """x (..., K), down (r, K), one dtype -> (..., r), that dtype: values @ down^T, fp32 sums, rounded once.
+    """x (..., K), down: matrices (r, K) -> (..., R), x.dtype: values @ down^T, one after the other, R the sum of the r.
 
     values: x; with `gelu` gelu(x); with y (..., K2) [x | gelu(y)], down (r, K + K2); with scale and shift, (B, K) or
-    (K,), layer_norm(x) * (1 + scale) + shift: what rotate_quantize and its kin rotate, rounded once to x.dtype.
+    (K,), layer_norm(x) * (1 + scale) + shift: what rotate_quantize and its kin rotate, rounded once to x.dtype. So is
+    down. Sums are fp32, rounded once.
     """
-    return _call("low_rank_down", x, down, y, scale, shift, eps, gelu=gelu)
+    return _call("low_rank_down", x, list(down), y, scale, shift, eps, gelu=gelu)
 
 
 def low_rank_up(
@@ -345,7 +346,8 @@ def low_rank_up(
     """Add to out (B, ..., N) what low-rank terms make of low (B, ..., R): for each of them, in fp32, rounded once,
 
     out[..., c : c + n] += gate[c : c + n] * alpha * low[..., the next r] @ up^T, up (n, r), its first column c (0), its
-    alpha (1). The r add up to R. gate (B, N) or (N,); all of one dtype. out: its last dimension contiguous.
+    alpha (1). The r add up to R. gate (B, N) or (N,). low has the dtype of out, to which up is rounded. The last
+    dimension of out is contiguous.
     """
     if out.requires_grad:  # which compiled code cannot ask
         checks.low_rank_up(out, low, up, columns or [0] * len(up), alpha or [1.0] * len(up), gate)

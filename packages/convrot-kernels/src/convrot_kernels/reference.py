@@ -208,7 +208,7 @@ def _per_batch(vector: Tensor, like: Tensor) -> Tensor:
 
 def low_rank_down(
     x: Tensor,
-    down: Tensor,
+    down: list[Tensor],
     y: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -216,14 +216,15 @@ def low_rank_down(
     *,
     gelu: bool = False,
 ) -> Tensor:
-    """values @ down^T (..., r), fp32 sums, rounded once; values: what the quantizers rotate, in x.dtype."""
+    """values @ down^T of every term (..., R), fp32 sums, rounded once; values: what the quantizers rotate."""
     if gelu:
         x = _gelu(x)
     if y is not None:
         x = torch.cat((x, _gelu(y)), dim=-1)
     if scale is not None and shift is not None:
         x = _modulated(x, scale, shift, eps)
-    return (x.float() @ down.float().t()).to(x.dtype)
+    rows = [term.to(x.dtype).float() for term in down]
+    return (x.float() @ torch.cat(rows).t()).to(x.dtype) if rows else x.new_empty((*x.shape[:-1], 0))
 
 
 def low_rank_up(
@@ -238,7 +239,7 @@ def low_rank_up(
     lows = low.split([term.shape[1] for term in up], dim=-1)
     for part, term, column, factor in zip(lows, up, columns, alpha, strict=True):
         target = out.narrow(-1, column, term.shape[0])
-        added = (part.float() @ term.float().t()).mul_(factor)
+        added = (part.float() @ term.to(out.dtype).float().t()).mul_(factor)
         if gate is not None:
             added.mul_(_per_batch(gate.narrow(-1, column, term.shape[0]), out))
         target.copy_(added.add_(target))

@@ -62,12 +62,10 @@ class Terms(NamedTuple):
         return out
 
 
-def terms(
-    layers: Sequence[tuple[int, Sequence[Side]]], dtype: torch.dtype, project: Callable[[Tensor], Tensor]
-) -> Terms:
-    """layers: (N, sides) in the order of their columns. `project`: the joint down (R, K) of all sides -> (B, ..., R).
+def terms(layers: Sequence[tuple[int, Sequence[Side]]], project: Callable[[list[Tensor]], Tensor]) -> Terms:
+    """layers: (N, sides) in the order of their columns. `project`: the down (r, K) of every side -> low (B, ..., R).
 
-    In `dtype`, which peft's adapters may not have. Where there is no side, `project` is not called.
+    Where there is no side, `project` is not called.
     """
     found, column = [], 0
     for n, sides in layers:
@@ -75,10 +73,10 @@ def terms(
         column += n
     if not found:
         return Terms(None, [], [], [])
-    down = [side.down.to(dtype) for side, _ in found]
-    low = project(down[0] if len(down) == 1 else torch.cat(down))
-    ups, columns = [side.up.to(dtype) for side, _ in found], [column for _, column in found]
-    return Terms(low, ups, columns, [side.scale for side, _ in found])
+    low = project([side.down for side, _ in found])
+    return Terms(
+        low, [side.up for side, _ in found], [column for _, column in found], [side.scale for side, _ in found]
+    )
 
 
 class ConvLinear4bit(nn.Linear):

@@ -187,12 +187,15 @@ def low_rank(family: Family) -> list[RowOp]:
     def up(source: Source) -> tuple[Tensor, ...]:
         return source.inputs(m, n), source.inputs(m, RANK), source.weight(n, RANK)
 
+    def project(x: Tensor, term: Tensor) -> Tensor:
+        return low_rank_down(x, [term])
+
     def add(out: Tensor, low: Tensor, term: Tensor) -> Tensor:
         low_rank_up(out, low, [term])
         return out
 
     return [
-        RowOp("low_rank_down", more | {"K": k}, 2 * m * k, down, low_rank_down, _gate_low_rank(low_rank_down)),
+        RowOp("low_rank_down", more | {"K": k}, 2 * m * k, down, project, _gate_low_rank(project)),
         RowOp("low_rank_up", more | {"N": n}, 4 * m * n, up, add, _gate_low_rank(add)),
     ]
 

@@ -33,7 +33,7 @@ class Opened(NamedTuple):
     def terms(self, x: Tensor, **prologue: Any) -> Terms:
         """What the sides make of x (B, ..., K) after a prologue of low_rank_down; for the layers' joint product."""
         layers = [(base.out_features, sides) for base, sides in zip(self.bases, self.sides, strict=True)]
-        return terms(layers, x.dtype, lambda down: low_rank_down(x, down, **prologue))
+        return terms(layers, lambda down: low_rank_down(x, down, **prologue))
 
 
 def opened(*layers: nn.Module) -> Opened | None:

@@ -64,7 +64,8 @@ def _times(x, down_ptr, ranks, start, R, K, stride, sums, BLOCK: tl.constexpr):
     columns = start + tl.arange(0, BLOCK)
     inside = (ranks[:, None] < R) & (columns[None, :] < K)
     down = tl.load(down_ptr + ranks[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    return tl.dot(operand(x, x.dtype), tl.trans(operand(down, down.dtype)), sums, input_precision="ieee")
+    down = rounded(down.to(tl.float32), x.dtype)  # an adapter may be held in fp32
+    return tl.dot(operand(x, x.dtype), tl.trans(operand(down, x.dtype)), sums, input_precision="ieee")
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def _low_rank_up(
         up = tl.load(
             up_ptr + columns[:, None] * stride_up + ranks[None, :], mask=(columns[:, None] < N) & within, other=0.0
         )
+        up = rounded(up.to(tl.float32), dtype)
         sums = tl.dot(operand(low, dtype), tl.trans(operand(up, dtype)), sums, input_precision="ieee")
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     sums = sums * alpha
@@ -147,7 +149,7 @@ def _alike(x: Tensor, sample_rows: int, tile: int) -> bool:
 
 def low_rank_down(
     x: Tensor,
-    down: Tensor,
+    down: list[Tensor],
     y: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -155,10 +157,11 @@ def low_rank_down(
     *,
     gelu: bool = False,
 ) -> Tensor:
-    """(..., K) -> (..., r)."""
+    """(..., K) -> (..., R)."""
     rows, more = as_rows(x), as_rows(x if y is None else y)
-    down = down if down.stride(1) == 1 else down.contiguous()
-    (m, k), r = rows.shape, down.shape[0]
+    joint = down[0] if len(down) == 1 else torch.cat(down) if down else x.new_empty(0, 1)
+    joint = joint if joint.stride(1) == 1 else joint.contiguous()
+    (m, k), r = rows.shape, joint.shape[0]
     low = torch.empty((*x.shape[:-1], r), dtype=x.dtype, device=x.device)
     if m == 0 or r == 0:
         return low
@@ -166,13 +169,14 @@ def low_rank_down(
     shift, shift_stride, _ = per_batch(shift, x.shape)
     prologue = "gelu" if gelu else "modulate" if scale is not None else "none" if y is None else "cat_gelu"
     tile, ranks = (16 if m <= 1024 else 32), _ranks(r)
-    block = 128 if x.dtype != torch.float32 else 64
+    wide = torch.float32 in (x.dtype, joint.dtype)
+    block, stages = (64 if x.dtype == torch.float32 else 128), (2 if wide else 4)  # within the 99 KB of sm_86 and sm_89
     with torch.cuda.device_of(x):
         _low_rank_down[(triton.cdiv(m, tile), triton.cdiv(r, ranks))](
-            rows, more, rows if gain is None else gain, rows if shift is None else shift, down, low,
-            m, k, more.shape[1], r, rows.stride(0), more.stride(0), gain_stride, shift_stride, down.stride(0),
+            rows, more, rows if gain is None else gain, rows if shift is None else shift, joint, low,
+            m, k, more.shape[1], r, rows.stride(0), more.stride(0), gain_stride, shift_stride, joint.stride(0),
             sample_rows, eps, prologue, _alike(x, sample_rows, tile), tile, ranks, block,
-            num_warps=4, num_stages=4, enable_fp_fusion=False,
+            num_warps=4, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
     return low
 
@@ -207,6 +211,6 @@ def low_rank_up(
                     target[:, column:], rows[:, first:], term, term if gate is None else gate[..., column:],
                     m, n, r, target.stride(0), rows.stride(0), term.stride(0), gate_stride, sample_rows, factor,
                     gate is not None, _alike(out, sample_rows, tile), tile, wide, ranks,
-                    num_warps=4, enable_fp_fusion=False,
+                    num_warps=4, num_stages=1, enable_fp_fusion=False,
                 )  # fmt: skip
             first += r

@@ -48,7 +48,7 @@ STEP_CASES = {
 FAMILY_CASES = {
     f"{model}_{case}"
     for model in ("sd35_large", "qwen_image")
-    for case in ("weights", "step_compiled", "step_eager", "step_compiled_vs_eager")
+    for case in ("weights", "step_compiled", "step_eager", "step_compiled_vs_eager", "step_best")
 }
 CASES = {
     "step": STEP_CASES,
@@ -352,6 +352,55 @@ def test_graphs_that_cannot_be_captured_are_said(monkeypatch):
     side = sides.Side("ours", lambda return_dict: (torch.ones(2),), {})
     assert list(sides.graphs(bench, side, (EAGER, EAGER))) == [Contender("ours", GRAPH_OF + EAGER)]
     assert said == ["not timed: ours, cuda graph of eager: operation not permitted"]
+
+
+def test_a_family_has_the_fastest_graph_and_the_fastest_way_of_each_side():
+    how = {mode: GRAPH_OF + mode for mode in (EAGER, COMPILED)}
+    seconds = {
+        Contender(OURS, COMPILED): 0.087, Contender(BF16, COMPILED): 0.068,
+        Contender(OURS, EAGER): 0.12, Contender(BF16, EAGER): 0.09,
+        Contender(OURS, how[EAGER]): 0.06, Contender(OURS, how[COMPILED]): 0.05,
+        Contender(BF16, how[EAGER]): 0.08, Contender(BF16, how[COMPILED]): 0.07,
+    }  # fmt: skip
+    spreads = {c: timing.Spread(s, s, s, 1) for c, s in seconds.items()}
+    figures = {f.case: f for f in families.family_figures("sd35_large", spreads, shape_of(1024), {})}
+    found = {case.removeprefix("sd35_large_step_"): f for case, f in figures.items()}
+    assert set(found) == {"compiled", "eager", "compiled_vs_eager", "graph", "best"}
+    assert (found["compiled"].ours, found["compiled"].baseline) == pytest.approx((87, 68))
+    assert (found["graph"].ours, found["graph"].baseline) == pytest.approx((50, 70))
+    assert (found["best"].ours, found["best"].baseline) == pytest.approx((50, 68))
+    assert (found["graph"].more["how"], found["graph"].more["baseline_how"]) == (how[COMPILED], how[COMPILED])
+    assert (found["best"].more["how"], found["best"].more["baseline_how"]) == (how[COMPILED], COMPILED)
+
+
+@pytest.mark.parametrize(("fails", "some"), [((0,), True), ((0, 1), False)], ids=["one", "both of a side"])
+def test_a_family_goes_on_without_what_cannot_be_captured(monkeypatch, fails, some):
+    asked = []
+
+    def capture(step):
+        asked.append(step())
+        if len(asked) - 1 in fails:
+            raise RuntimeError("operation not permitted")
+        return step
+
+    def graphs(*arguments):
+        with monkeypatch.context() as gpu:
+            gpu.setattr(sides, "is_gpu", lambda device: True)
+            gpu.setattr(sides, "capture", capture)
+            return sides.graphs(*arguments)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: setattr(m, "_compiled_call_impl", m._call_impl))
+    monkeypatch.setattr(families, "graphs", graphs)
+    bench, said = bench_on_cpu()
+    with torch.no_grad():
+        figures = {f.case: f for f in families.family(bench, TINY, families.FAMILIES[0])}
+    assert len(asked) == 4  # of each side, eager and compiled
+    modes = (EAGER, COMPILED)
+    assert said == [f"not timed: bf16, cuda graph of {modes[i]}: operation not permitted" for i in fails]
+    assert ("sd35_large_step_graph" in figures) == some
+    if some:
+        assert figures["sd35_large_step_graph"].more["baseline_how"] == GRAPH_OF + COMPILED
+    assert {"sd35_large_step_compiled", "sd35_large_step_best"} <= figures.keys()
 
 
 def test_an_output_that_is_not_finite_is_not_timed():

@@ -54,9 +54,13 @@ class Layer:
 
     def check(self, x: Tensor, results: tuple[Tensor, ...]) -> None:
         """Against reference, on the GPU of x."""
+        assert_codes_close(results[:2], reference.rotate_quantize(x))
+        self.check_products(x, results)
+
+    def check_products(self, x: Tensor, results: tuple[Tensor, ...]) -> None:
+        """What is made of the codes and of x, and where it is: all but the codes themselves."""
         codes, scale, y, whole, gated, values = results
         assert {result.device for result in results} == {x.device}
-        assert_codes_close((codes, scale), reference.rotate_quantize(x))
         operands = codes, self.weight, scale, self.weight_scale, self.bias
         assert_equal(y, reference.scaled_mm(*operands, b_layout=self.layout))
         assert_equal(whole[..., N:], y)
@@ -110,9 +114,15 @@ def test_one_thread_for_each_gpu(kernels: str, problem: Problem) -> None:
             device = f"cuda:{index}"
             with ck.use_backend(kernels), torch.cuda.stream(torch.cuda.Stream(device)):
                 layer = Layer(problem, device)
-                for seed in range(20):
-                    x = _x(device, seed)
-                    layer.check(x, layer(x))
+                inputs = [_x(device, seed) for seed in range(20)]
+                found = []
+                for x in inputs:
+                    results = layer(x)
+                    layer.check_products(x, results)
+                    found.append(results[:2])
+                # MISMATCHES is a rate: of one seed's 409,600 codes it allows four, which chance exceeds now and then
+                codes, scale = (torch.cat(parts) for parts in zip(*found, strict=True))
+                assert_codes_close((codes, scale), reference.rotate_quantize(torch.cat(inputs)))
         except BaseException as error:
             failures.append(error)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ import numpy
 import pytest
 from click.testing import Result
 from PIL import Image
+from typer.main import get_params_from_function
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
+from convrot_bench.cli import app as bench
+from convrot_demo.cli import command as demo
 from convrot_quant.cli import app
 from convrot_quant.cli.app import COMMANDS
+from convrot_quant.cli.machine import machine
 from convrot_quant.manifest import is_quantized
+from mini_flux.cli import app as mini_flux
 
 CONVROT = Path(sys.executable).with_name("convrot")
 
@@ -82,6 +89,15 @@ def test_help_lists_the_commands() -> None:
     assert {"quantize", "inspect", "generate", "compare", "convert", "verify", "doctor"} <= COMMANDS.keys()
     positions = [result.stdout.index(f" {command} ") for command in COMMANDS]
     assert positions == sorted(positions)
+
+
+def test_an_option_with_a_metavar_names_its_flag() -> None:
+    """Else typer 0.26.9 to 0.27 takes a metavar of the same letters for it, with its capitals: --DEVICE."""
+    commands = [demo, *(one.callback for typed in (app, bench, mini_flux) for one in typed.registered_commands)]
+    params = [param for command in commands for param in get_params_from_function(command).values()]
+    options = [param for param in params if isinstance(param.default, OptionInfo) and param.default.metavar is not None]
+    assert {"device", "vram", "quantized"} <= {option.name for option in options}
+    assert [option.name for option in options if not option.default.param_decls] == []
 
 
 def test_inspect_plans_a_16_bit_folder_without_its_weights(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -211,6 +227,20 @@ def test_doctor_says_versions_and_backends() -> None:
     text = convrot("doctor").stdout
     assert "reference" in text
     assert "diffusers" in text
+
+
+def test_a_run_is_described_where_the_packages_are_only_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Distribution.from_name
+
+    def installed(name: str) -> Distribution:
+        if name.startswith("convrot"):
+            raise PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(Distribution, "from_name", installed)
+    described = machine("cpu")
+    assert described.keys() >= {"torch", "diffusers", "device", "date"}
+    assert not described.keys() & {"convrot-quant", "convrot-kernels"}
 
 
 def usage(pipeline: Path, quantized: Path) -> dict[str, tuple[tuple[object, ...], str]]:

@@ -20,6 +20,7 @@ GPUS = torch.cuda.device_count()
 several = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, torch sees {GPUS}")
 SCENARIOS = Path(__file__).with_name("parallel_scenarios.py")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+CONVROT = [sys.executable, "-c", "from convrot_quant.cli import main; main()"]  # also where nothing is installed
 # (N, K) of FLUX.1's linears over tokens, those of one input as one
 PRODUCTS = [(9216, 3072), (21504, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]
 WAYS = ("ulysses", "ring", "ring flash", "ulysses unfused", "ring unfused", "ulysses compiled", "ring compiled")
@@ -88,9 +89,8 @@ def test_a_shared_step_is_no_further_from_one_gpus_than_compiled_is_from_eager(f
 
 @several
 def test_replicas_on_gpus_draw_the_images_of_one(pipeline_folder: Path, tmp_path: Path) -> None:
-    convrot = Path(sys.executable).with_name("convrot")
     prompts = [part for prompt in ("a red cube", "a blue sphere", "a cone") for part in ("-p", prompt)]
-    draw = [str(convrot), "generate", str(pipeline_folder), *prompts, "--steps", "2", "--json", "-o"]
+    draw = [*CONVROT, "generate", str(pipeline_folder), *prompts, "--steps", "2", "--json", "-o"]
     outs: dict[str, dict[str, Any]] = {}
     for name, command in (("one", draw), ("two", [*LAUNCHER, "2", "--no-python", *draw])):
         done = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True)

@@ -19,9 +19,13 @@ convrot-demo --model ./FLUX.1-dev --memory offload --port 8000
 """
 Model = Annotated[
     str | None,
-    typer.Option(help="A pipeline's folder or hub id. Default: the shipped mini-flux.", metavar="PATH_OR_ID"),
+    typer.Option(
+        "--model", help="A pipeline's folder or hub id. Default: the shipped mini-flux.", metavar="PATH_OR_ID"
+    ),
 ]
-Quantized = Annotated[str | None, typer.Option(help="MODEL quantized before, by `convrot quantize`.", metavar="FOLDER")]
+Quantized = Annotated[
+    str | None, typer.Option("--quantized", help="MODEL quantized before, by `convrot quantize`.", metavar="FOLDER")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Memory = Annotated[
     str,
@@ -30,7 +34,9 @@ Memory = Annotated[
         "offload: BF16 from the CPU's memory, layer by layer."
     ),
 ]
-Vram = Annotated[str, typer.Option(help="GPU memory to use, such as 12GB; auto: what is free.", metavar="SIZE")]
+Vram = Annotated[
+    str, typer.Option("--vram", help="GPU memory to use, such as 12GB; auto: what is free.", metavar="SIZE")
+]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
 Port = Annotated[int | None, typer.Option(help="Default: the first free one from 7860.", min=1, max=65535)]
 Share = Annotated[bool, typer.Option("--share", help="A public link through gradio.live: goes online.")]

@@ -44,7 +44,8 @@ convrot compare ./FLUX.1-dev --prompts-file prompts.txt --num-images 2 --json
 """
 
 Preset = Annotated[
-    list[str] | None, typer.Option(help=f"Repeatable: {', '.join(PRESETS)}. Default: ours, paper.", metavar="NAME")
+    list[str] | None,
+    typer.Option("--preset", help=f"Repeatable: {', '.join(PRESETS)}. Default: ours, paper.", metavar="NAME"),
 ]
 
 

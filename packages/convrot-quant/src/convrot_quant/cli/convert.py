@@ -75,7 +75,9 @@ def command(
     ] = KeyNames.original,
     config: Config = None,
     group_size: GroupSize = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of each file of a folder.", metavar="SIZE")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of each file of a folder.", metavar="SIZE")
+    ] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or model folder.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,

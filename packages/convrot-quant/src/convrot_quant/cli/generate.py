@@ -80,11 +80,11 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for images, or 
 Preset = Annotated[
     str | None,
     typer.Option(
-        help=f"How to quantize a 16-bit MODEL: {', '.join(PRESETS)}; {NONE} leaves it. Default: ours.", metavar="NAME"
+        "--preset", help=f"For a 16-bit MODEL: {', '.join(PRESETS)}; {NONE} leaves it. Default: ours.", metavar="NAME"
     ),
 ]
 Reference = Annotated[
-    str | None, typer.Option(help="With --sheet and a quantized MODEL: the 16-bit one.", metavar="MODEL")
+    str | None, typer.Option("--reference", help="With --sheet and a quantized MODEL: the 16-bit one.", metavar="MODEL")
 ]
 
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "diffusers", "convrot-quant", "convrot-kernels")
+from convrot_quant.versions import versions
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The device's name, the CPU cores that may be used, package versions, and the date (UTC)."""
+    """The device's name, the CPU cores that may be used, versions of installed packages, and the date (UTC)."""
     is_gpu = torch.device(device).type == "cuda"
-    versions = {package: version(package) for package in PACKAGES}
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        **versions,
+        **versions(),
         "torch": torch.__version__,  # with its build, such as +cu126
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

@@ -44,17 +44,19 @@ Model = Annotated[
 ]
 Preset = Annotated[str, typer.Option("--preset", "--scheme", help=f"{_PRESETS}.", metavar="NAME")]
 Keep = Annotated[
-    list[str] | None, typer.Option(help="Keep layers whose name matches GLOB in 16 bits; repeatable.", metavar="GLOB")
+    list[str] | None,
+    typer.Option("--keep", help="Keep layers whose name matches GLOB in 16 bits; repeatable.", metavar="GLOB"),
 ]
 Override = Annotated[
     list[str] | None,
     typer.Option(
+        "--override",
         help="Another scheme for layers whose name matches GLOB, such as '*.to_v=W8A8'; repeatable.",
         metavar="GLOB=SCHEME",
     ),
 ]
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.", metavar="DEVICE")
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.", metavar="DEVICE")
 ]
 Dtype = Annotated[DType, typer.Option(help="The dtype of what stays in 16 bits.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -81,6 +83,7 @@ MaxSequenceLength = Annotated[
 Vram = Annotated[
     str,
     typer.Option(
+        "--vram",
         help="GPU memory that the run may use, such as 8GB or 12GiB; what does not fit is offloaded to the CPU. "
         "auto: what is free.",
         metavar="SIZE",

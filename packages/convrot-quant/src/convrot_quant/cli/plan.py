@@ -67,12 +67,16 @@ ByteBudget = Annotated[
 ]
 LatencyBudget = Annotated[
     str | None,
-    typer.Option(help="Of the linears in one step, as a table of rates estimates it: 45ms.", metavar="TIME"),
+    typer.Option(
+        "--latency-budget", help="Of the linears in one step, as a table of rates estimates it: 45ms.", metavar="TIME"
+    ),
 ]
 MachineName = Annotated[
     str,
     typer.Option(
-        help=f"Whose rates: {'; '.join(f'{name}: {m.about}' for name, m in MACHINES.items())}.", metavar="NAME"
+        "--machine",
+        help=f"Whose rates: {'; '.join(f'{name}: {m.about}' for name, m in MACHINES.items())}.",
+        metavar="NAME",
     ),
 ]
 Tokens = Annotated[int, typer.Option(help="Image tokens, for --latency-budget.", min=1)]
@@ -80,7 +84,9 @@ TextTokens = Annotated[int, typer.Option(help="Text tokens, for --latency-budget
 SchemeNames = Annotated[
     str,
     typer.Option(
-        help="What layers may get; 16 is 16 bits. Modulation layers get the weights' bits alone.", metavar="LIST"
+        "--schemes",
+        help="What layers may get; 16 is 16 bits. Modulation layers get the weights' bits alone.",
+        metavar="LIST",
     ),
 ]
 AllowW4A8 = Annotated[

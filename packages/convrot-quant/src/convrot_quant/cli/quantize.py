@@ -65,12 +65,13 @@ PlanFile = Annotated[
 Lora = Annotated[
     list[str] | None,
     typer.Option(
+        "--lora",
         help="Merge a LoRA file (safetensors; diffusers', kohya's or the original names) into the 16-bit weights "
         "before they are quantized, by SCALE (1); repeatable.",
         metavar="FILE[:SCALE]",
     ),
 ]
-MaxShardSize = Annotated[str, typer.Option(help="Of each safetensors file.", metavar="SIZE")]
+MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of each safetensors file.", metavar="SIZE")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
 Calibrate = Annotated[
     Path | None,

@@ -65,13 +65,13 @@ def pick_blocks(m: int, k: int, group_size: int) -> Blocks:
 
 
 @triton.jit
-def gelu_tanh(x):
+def _gelu(x):
     u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
     return x / (1.0 + tl.exp(-2.0 * u))  # = x / 2 * (1 + tanh(u)), accurate in the negative tail too
 
 
 @triton.jit
-def _values(
+def values(
     x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE: tl.constexpr
 ):  # fmt: skip
     """-> (COLUMNS,) in the dtype of x: what is rotated; 0 beyond K."""
@@ -81,10 +81,10 @@ def _values(
         first = columns < split
         x = tl.load(x_row + columns, mask=first, other=0.0)
         y = tl.load(y_row + (columns - split), mask=inside & (columns >= split), other=0.0).to(tl.float32)
-        return tl.where(first, x, rounded(gelu_tanh(y), dtype))
+        return tl.where(first, x, rounded(_gelu(y), dtype))
     x = tl.load(x_row + columns, mask=inside, other=0.0)
     if PROLOGUE == "gelu":
-        x = rounded(gelu_tanh(x.to(tl.float32)), dtype)
+        x = rounded(_gelu(x.to(tl.float32)), dtype)
     if PROLOGUE == "silu_mul":
         x = x.to(tl.float32)
         y = tl.load(y_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -112,6 +112,16 @@ def _moments(x_row, K, reduced, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
         centred = tl.where(columns < K, x - mean, 0.0)
         squares += centred * centred
     return mean, tl.sum(squares) / K
+
+
+@triton.jit
+def normed(x_row, K, eps, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
+    """-> mean, spread and `reduced` of a row: its LayerNorm is (x * reduced - mean) * spread."""
+    mean, variance = _moments(x_row, K, 1.0, COLUMNS, STEPS)
+    reduced = tl.where(variance < INF, 1.0, TINY)
+    if reduced < 1.0:  # squares that leave fp32
+        mean, variance = _moments(x_row, K, reduced, COLUMNS, STEPS)
+    return mean, tl.rsqrt(variance + eps * reduced), reduced
 
 
 @triton.jit
@@ -187,15 +197,11 @@ def _rotate_quantize(
     if PROLOGUE == "modulate":
         sample = row // rows_per_sample
         gain_row, shift_row = gain_ptr + sample * stride_gain, shift_ptr + sample * stride_shift
-        mean, variance = _moments(x_row, K, 1.0, COLUMNS, STEPS)
-        reduced = tl.where(variance < INF, 1.0, TINY)
-        if reduced < 1.0:  # squares that leave fp32
-            mean, variance = _moments(x_row, K, reduced, COLUMNS, STEPS)
-        spread = tl.rsqrt(variance + eps * reduced)
+        mean, spread, reduced = normed(x_row, K, eps, COLUMNS, STEPS)
 
     if STEPS == 1:
         columns = tl.arange(0, COLUMNS)
-        x = _values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
+        x = values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
         y = rotated(x, right, left, COLUMNS, GROUP, TERMS)
         finite, scale = _row_scale(_largest(y), clip, QMAX, SHRUNK)
         _store(codes_row, _codes(y, scale, finite, QMAX, SHRUNK, CLIPPED, TIES), 0, K, COLUMNS, PACKED)
@@ -203,12 +209,12 @@ def _rotate_quantize(
         largest = tl.full((), 0, tl.int32)
         for step in range(STEPS):
             columns = step * COLUMNS + tl.arange(0, COLUMNS)
-            x = _values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
+            x = values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
             largest = tl.maximum(largest, _largest(rotated(x, right, left, COLUMNS, GROUP, TERMS)))
         finite, scale = _row_scale(largest, clip, QMAX, SHRUNK)
         for step in range(STEPS):
             columns = step * COLUMNS + tl.arange(0, COLUMNS)
-            x = _values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
+            x = values(x_row, y_row, gain_row, shift_row, columns, K, split, mean, spread, reduced, PROLOGUE)
             y = rotated(x, right, left, COLUMNS, GROUP, TERMS)
             codes = _codes(y, scale, finite, QMAX, SHRUNK, CLIPPED, TIES)
             _store(codes_row, codes, step * COLUMNS, K, COLUMNS, PACKED)

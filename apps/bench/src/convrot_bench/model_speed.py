@@ -176,6 +176,15 @@ def _rotate(rows: Rows) -> str:
     return f"{math.ceil(_median(rows, ROTATE) * 100) / 100:.2f} ms"
 
 
+def _more(rows: Rows) -> str:
+    more = math.ceil((_median(rows, "ours") / _median(rows, "baseline") - 1) * 1000) / 10
+    return f"{_value(rows, 'ours')} ms against {_value(rows, 'baseline')} ms, {more:.1f} % more"
+
+
+def _seconds(rows: Rows) -> str:
+    return f"{math.ceil(_median(rows, 'ours') * 10) / 10:.1f} s"
+
+
 def _step(case: str, bar: float, size: int = 1024) -> Check:
     return Check(case, constant(bar), _at(size), text=_milliseconds)
 
@@ -201,6 +210,27 @@ BARS: tuple[tuple[str, str, Check], ...] = (
         "peak in a step at 1024 x 1024",
         "<= 6.6 GB",
         Check("flux_peak", constant(6.6e9), _at(1024), figure="ours", at_most=True, text=_gigabytes),
+    ),
+    *(
+        (
+            f"a LoRA of rank 16 on all attention layers, {how}",
+            "<= 10 % of a step; target 6 %",
+            Check(f"lora_rank16{case}", constant(1 / 1.1), _at(1024), text=_more),
+        )
+        for how, case in (("eager", ""), ("CUDA graph", "_graph"))
+    ),
+    (
+        "`convrot quantize` of the 24 GB folder, in page cache",
+        "<= 60 s",
+        Check("flux_convert", constant(60), figure="ours", at_most=True, text=_seconds),
+    ),
+    *(
+        (
+            f"its memory, {where}",
+            "<= 3 GB",
+            Check(f"flux_convert_{key}_peak", constant(3e9), figure="ours", at_most=True, text=_gigabytes),
+        )
+        for where, key in (("host, anonymous", "host"), ("GPU", "gpu"))
     ),
 )
 

@@ -110,6 +110,27 @@ def test_up_adds_every_term_to_its_columns(
     assert_equal(out[..., 136:], before[..., 136:])
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_up_of_many_terms_is_that_of_one_after_the_other(backend: str, device: str, gated: bool) -> None:
+    sizes = [(200, 8), (128, 8), (7, 8), (130, 8), (64, 8), (64, 16), (64, 16)]  # the last two on one place
+    columns = [0, 200, 328, 340, 470, 534, 534]
+    up = [_random(n, r, dtype=torch.bfloat16, device=device, seed=i) for i, (n, r) in enumerate(sizes)]
+    alpha = [0.5 + i / 4 for i in range(len(up))]
+    low = _random(2, 40, sum(r for _, r in sizes), dtype=torch.bfloat16, device=device, seed=20)
+    gate = _random(2, 600, dtype=torch.bfloat16, device=device, seed=21) if gated else None
+    out = _random(2, 40, 600, dtype=torch.bfloat16, device=device, seed=22)
+    expected, first = out.clone(), 0
+    for term, column, factor in zip(up, columns, alpha, strict=True):
+        last = first + term.shape[1]
+        low_rank_up(expected, low[..., first:last], [term], [column], [factor], gate)
+        first = last
+    before = out.clone()
+    low_rank_up(out, low, up, columns, alpha, gate)
+    assert_equal(out, expected)
+    assert not torch.equal(out[..., :598], before[..., :598])
+    assert_equal(out[..., 598:], before[..., 598:])
+
+
 def test_up_writes_into_a_slice_and_into_rows_that_no_one_stride_reaches(backend: str, device: str) -> None:
     up, low = (
         [_random(32, 4, dtype=torch.bfloat16, device=device)],

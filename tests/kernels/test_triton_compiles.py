@@ -25,8 +25,8 @@ def _type(name: str, dtype: str, terms: str) -> str:
         if name in names:
             return f"*{fixed}"
     if name.endswith("_ptr"):
-        return f"*{terms if name in ('down_ptr', 'up_ptr') else dtype}"
-    return "fp32" if name in ("eps", "alpha", "clip") else "i32"
+        return f"*{terms if name.startswith(('down', 'up')) else dtype}"
+    return "fp32" if name in ("eps", "clip") or name.startswith("alpha") else "i32"
 
 
 def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, terms: str, capability: int, **options: int) -> Any:
@@ -48,11 +48,11 @@ CASES = {
     "down, adapter in fp32": (DOWN, {"ROWS": 32, "RANKS": 64, "BLOCK": 128}, "bf16", "fp32", 2),
     "down in fp32": (DOWN, {"ROWS": 32, "RANKS": 64, "BLOCK": 64}, "fp32", "fp32", 2),
     "up": (
-        UP, {"GATED": False, "ALIKE": True, "ROWS": 64, "COLUMNS": 128, "RANKS": 16},
+        UP, {"TERMS": 4, "GATED": False, "ALIKE": True, "ROWS": 64, "COLUMNS": 128, "RANKS": 16},
         "bf16", "bf16", 1,
     ),
     "up, gated": (
-        UP, {"GATED": True, "ALIKE": False, "ROWS": 64, "COLUMNS": 128, "RANKS": 64},
+        UP, {"TERMS": 1, "GATED": True, "ALIKE": False, "ROWS": 64, "COLUMNS": 128, "RANKS": 64},
         "bf16", "fp32", 1,
     ),
     "modulate": (low_rank_kernel._prologue, {"PROLOGUE": "modulate", "COLUMNS": 4096, "STEPS": 1}, "bf16", "bf16", 3),

@@ -3,10 +3,13 @@
 x (M, K), y (M, K2), out (M, N) of any row stride; down (R, K + K2), up (n, r) of any row stride; low (M, R). Sums are
 fp32, rounded once to the dtype of x or out. Values are those that rotate_quantize's prologues make of x, so a quantized
 layer and the term beside it read the same; they are written out first.
-On an H200 (bf16, 4608 rows): K = 3072 down to 16 ranks 12 us, to 64 21 us; up to 21504 columns 125 us, to 3072 19 us.
+On an H200 (bf16, 4608 rows): K = 3072 down to 16 ranks 12 us, to 64 21 us; up to 21504 columns 125 us in four launches, to 3072 19 us.
 Lost there: prologues inside of the product, whose loads then wait for one another (modulate 48 us, GELU of K = 12288
 250 us). Not tried: the term in the epilogue of the product, which would spare reading and writing out.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +21,7 @@ from convrot_kernels.backends.triton.rotate_quantize_kernel import normed, value
 from convrot_kernels.backends.triton.rows import as_rows, per_batch
 
 MOST_RANKS = 64  # of a tile: more are walked through
+MOST_TERMS = 4  # of a launch
 MOST_COLUMNS = 4096, 16384  # of a program; of one that takes moments, which has the whole row
 
 
@@ -78,31 +82,71 @@ def _of_samples(vector_ptr, rows, columns, M, N, stride, rows_per_sample, ROWS: 
 
 @triton.jit
 def _low_rank_up(
-    out_ptr, low_ptr, up_ptr, gate_ptr, M, N, R, stride_out, stride_low, stride_up, stride_gate, rows_per_sample, alpha,
-    GATED: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    out_ptr, low_ptr, up_ptr, up1_ptr, up2_ptr, up3_ptr, gate_ptr, M, R, n, n1, n2, n3,
+    column, column1, column2, column3,
+    stride_out, stride_low, stride_gate, rows_per_sample, alpha, alpha1, alpha2, alpha3,
+    TERMS: tl.constexpr, GATED: tl.constexpr, ALIKE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
+    """TERMS of one rank beside each other: tiles of the first, then of the next."""
+    tile = tl.program_id(1)
+    first = tl.cdiv(n, COLUMNS)  # tile of the next term
+    begin, low_column = 0, 0
+    if TERMS > 1:
+        second = first + tl.cdiv(n1, COLUMNS)
+        if tile >= first:
+            up_ptr, n, column, alpha, begin, low_column = up1_ptr, n1, column1, alpha1, first, R
+        if TERMS > 2:
+            third = second + tl.cdiv(n2, COLUMNS)
+            if tile >= second:
+                up_ptr, n, column, alpha, begin, low_column = up2_ptr, n2, column2, alpha2, second, 2 * R
+            if TERMS > 3:  # noqa: SIM102  # Triton decides this one when it compiles
+                if tile >= third:
+                    up_ptr, n, column, alpha, begin, low_column = up3_ptr, n3, column3, alpha3, third, 3 * R
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = (tile - begin) * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, R, RANKS):
         ranks = start + tl.arange(0, RANKS)
         within = ranks[None, :] < R
-        low = tl.load(
-            low_ptr + rows[:, None] * stride_low + ranks[None, :], mask=(rows[:, None] < M) & within, other=0.0
-        )
-        up = tl.load(
-            up_ptr + columns[:, None] * stride_up + ranks[None, :], mask=(columns[:, None] < N) & within, other=0.0
-        )
+        places = low_ptr + rows[:, None] * stride_low + (low_column + ranks)[None, :]
+        low = tl.load(places, mask=(rows[:, None] < M) & within, other=0.0)
+        up = tl.load(up_ptr + columns[:, None] * R + ranks[None, :], mask=(columns[:, None] < n) & within, other=0.0)
         up = rounded(up.to(tl.float32), dtype)
         sums = tl.dot(operand(low, dtype), tl.trans(operand(up, dtype)), sums, input_precision="ieee")
-    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    inside = (rows[:, None] < M) & (columns[None, :] < n)
     sums = sums * alpha
     if GATED:
-        sums = sums * _of_samples(gate_ptr, rows, columns, M, N, stride_gate, rows_per_sample, ROWS, ALIKE)
-    places = out_ptr + rows[:, None] * stride_out + columns[None, :]
+        gate = gate_ptr + column
+        sums = sums * _of_samples(gate, rows, columns, M, n, stride_gate, rows_per_sample, ROWS, ALIKE)
+    places = out_ptr + rows[:, None] * stride_out + (column + columns)[None, :]
     out = tl.load(places, mask=inside, other=0.0)
     tl.store(places, rounded(out.to(tl.float32) + sums, dtype), mask=inside)
+
+
+class Term(NamedTuple):
+    """up (n, r), contiguous; where in out its columns begin; its alpha."""
+
+    matrix: Tensor
+    column: int
+    alpha: float
+
+
+def _launches(up: list[Tensor], columns: list[int], alpha: list[float]) -> Iterator[tuple[int, list[Term]]]:
+    """-> first column of low, and up to MOST_TERMS terms of one rank and dtype, none of whose columns meet."""
+    first, end, found = 0, 0, list[Term]()
+    for term in map(Term, (matrix.contiguous() for matrix in up), columns, alpha):
+        if found:
+            last = found[-1]
+            alike = term.matrix.shape[1] == last.matrix.shape[1] and term.matrix.dtype == last.matrix.dtype
+            if not alike or len(found) == MOST_TERMS or term.column < last.column + last.matrix.shape[0]:
+                yield first, found
+                first, found = end, []
+        found.append(term)
+        end += term.matrix.shape[1]
+    if found:
+        yield first, found
 
 
 def _ranks(r: int) -> int:
@@ -177,7 +221,7 @@ def low_rank_up(
     alpha: list[float],
     gate: Tensor | None = None,
 ) -> None:
-    """A launch for each term."""
+    """Terms beside one another in one launch."""
     try:
         target = out.view(out.shape[:-1].numel(), out.shape[-1])
     except RuntimeError:  # rows lie apart by more than one stride
@@ -186,19 +230,21 @@ def low_rank_up(
         out.copy_(packed)
         return
     rows = as_rows(low)
-    m, first = target.shape[0], 0
+    m = target.shape[0]
     gate, gate_stride, sample_rows = per_batch(gate, out.shape)
+    tile, wide = (32 if m <= 1024 else 64), (128 if out.dtype != torch.float32 else 64)
     with torch.cuda.device_of(out):
-        for term, column, factor in zip(up, columns, alpha, strict=True):
-            n, r = term.shape
-            term = term if term.stride(1) == 1 else term.contiguous()
-            if m * n * r:
-                tile, ranks = (32 if m <= 1024 else 64), _ranks(r)
-                wide = 128 if out.dtype != torch.float32 else 64
-                _low_rank_up[(triton.cdiv(m, tile), triton.cdiv(n, wide))](
-                    target[:, column:], rows[:, first:], term, term if gate is None else gate[..., column:],
-                    m, n, r, target.stride(0), rows.stride(0), term.stride(0), gate_stride, sample_rows, factor,
-                    gate is not None, _alike(out, sample_rows, tile), tile, wide, ranks,
+        for first, terms in _launches(up, columns, alpha):
+            r = terms[0].matrix.shape[1]
+            if m * r == 0:
+                continue
+            matrices, starts, factors = zip(*terms, *[terms[0]] * (MOST_TERMS - len(terms)), strict=True)
+            sizes = [matrix.shape[0] for matrix in matrices]
+            tiles = sum(triton.cdiv(size, wide) for size in sizes[: len(terms)])
+            if tiles:
+                _low_rank_up[(triton.cdiv(m, tile), tiles)](
+                    target, rows[:, first:], *matrices, matrices[0] if gate is None else gate,
+                    m, r, *sizes, *starts, target.stride(0), rows.stride(0), gate_stride, sample_rows, *factors,
+                    len(terms), gate is not None, _alike(out, sample_rows, tile), tile, wide, _ranks(r),
                     num_warps=4, num_stages=1, enable_fp_fusion=False,
                 )  # fmt: skip
-            first += r

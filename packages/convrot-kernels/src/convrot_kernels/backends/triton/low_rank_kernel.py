@@ -3,9 +3,9 @@
 x (M, K), y (M, K2), out (M, N) of any row stride; down (R, K + K2), up (n, r) of any row stride; low (M, R). Sums are
 fp32, rounded once to the dtype of x or out. Values are those that rotate_quantize's prologues make of x, so a quantized
 layer and the term beside it read the same; they are written out first.
-On an H200 (bf16, 4608 rows): K = 3072 down to 16 ranks 12 us, to 64 21 us; up to 21504 columns 125 us in four launches, to 3072 19 us.
-Lost there: prologues inside of the product, whose loads then wait for one another (modulate 48 us, GELU of K = 12288
-250 us). Not tried: the term in the epilogue of the product, which would spare reading and writing out.
+On an H200 (bf16, 4608 rows): K = 3072 down to 16 ranks 12 us, to 64 21 us; up to 21504 columns 125 us in four launches,
+to 3072 19 us. Lost there: prologues inside of the product, whose loads then wait for one another (modulate 48 us, GELU
+of K = 12288 250 us). Not tried: the term in the epilogue of the product, which would spare reading and writing out.
 """
 
 from collections.abc import Iterator

@@ -198,6 +198,8 @@ def _up(**change: Any) -> None:
         (_down, {"scale": torch.zeros(16)}, "scale and shift come together, got one of them"),
         (_down, {"gelu": True, "y": torch.zeros(2, 3, 8)}, "x is changed in one way at most"),
         (_down, {"scale": torch.zeros(16), "shift": torch.zeros(16), "eps": 0.0}, "eps must be positive"),
+        (_down, {"down": [torch.zeros(4, 16, requires_grad=True)]}, r"down\[0\] must not require grad"),
+        (_up, {"up": [torch.zeros(16, 4, requires_grad=True)]}, r"up\[0\] must not require grad"),
         (_up, {"low": torch.zeros(2, 3, 5)}, r"low must have the shape \(2, 3, 4\)"),
         (_up, {"columns": [1]}, r"up\[0\] must lie within the columns of out, got 16 columns from 1 on, N=16"),
         (_up, {"alpha": [1.0, 2.0]}, "each term has one column and one alpha, got 1 up, 1 columns, 2 alpha"),

@@ -26,7 +26,7 @@ from convrot_quant import (
 )
 from convrot_quant.families import flux as fused_flux
 from convrot_quant.fuse import is_fused
-from convrot_quant.linear import operand
+from convrot_quant.linear import Side, operand
 from convrot_quant.stack import Stack
 
 Flux = Callable[..., nn.Module]
@@ -449,6 +449,19 @@ def test_blocks_compile_once_for_steps_prompts_and_blocks(make_flux: Flux, run: 
         actual = run(fused)
         run(fused, seed=1)
     assert _distance(actual, expected) < 0.3  # compiled code rounds less: see docs/design.md
+    torch._dynamo.reset()
+
+
+def test_blocks_compile_whose_modulation_has_a_side(make_flux: Flux, run: Run) -> None:
+    torch._dynamo.reset()
+    fused, _ = _pair(make_flux, dtype=torch.float32)
+    linear = fused.single_transformer_blocks[0].norm.linear
+    plain = run(fused)
+    linear.add_side("s", Side(torch.randn(4, linear.in_features) / 8, torch.randn(linear.out_features, 4) / 8, 1.0))
+    expected = run(fused)
+    assert not torch.equal(expected, plain)
+    fused.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert _distance(run(fused), expected) < 2e-3
     torch._dynamo.reset()
 
 

@@ -33,15 +33,28 @@ def test_a_gradient_through_a_quantized_layer_is_refused(scheme: Scheme, device:
     assert x.grad is None
 
 
-def loss_of(model: nn.Module) -> Tensor:
+def loss_of(model: Any) -> Tensor:
     """A forward with gradients switched on, as a training script does it."""
     torch.manual_seed(0)
     values = {"hidden_states": (1, 4, 64), "encoder_hidden_states": (1, 6, 64), "pooled_projections": (1, 64)}
-    inputs = {name: torch.randn(shape).bfloat16() for name, shape in values.items()}
+    inputs = {name: torch.randn(shape).to(model.dtype) for name, shape in values.items()}
     ids = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(6, 3)}
-    half, guidance = torch.full((1,), 0.5).bfloat16(), torch.full((1,), 3.5).bfloat16()
+    half, guidance = torch.full((1,), 0.5, dtype=model.dtype), torch.full((1,), 3.5, dtype=model.dtype)
     out: Tensor = model(**inputs, **ids, timestep=half, guidance=guidance, return_dict=False)[0]
     return out.float().square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_branch_is_refused_in_the_backward_alone(make_flux: Callable[..., nn.Module], dtype: torch.dtype) -> None:
+    model: Any = make_flux().to(dtype)
+    quantize_(model, "ours-r16", progress=False)
+    with torch.no_grad():
+        expected = loss_of(model)
+    loss = loss_of(model)  # the embedders' parameters require gradients
+    assert loss.requires_grad
+    assert_equal(loss.detach(), expected)
+    with pytest.raises(NotImplementedError, match="not differentiable, its codes are integers"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("fuse", [True, False])

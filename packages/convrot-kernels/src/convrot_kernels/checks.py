@@ -108,8 +108,14 @@ def _check_codes(op: str, name: str, codes: Tensor) -> None:
 def _check_written(op: str, out: Tensor) -> None:
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         _fail(op, "out must be contiguous in its last dimension", f"stride {out.stride(-1)}", "slice rows or columns")
-    if out.requires_grad and torch.is_grad_enabled():
-        _fail(op, "out must not require grad", "requires_grad=True", "use torch.no_grad() or out.detach()")
+    _check_no_gradient(op, out=out)
+
+
+def _check_no_gradient(op: str, **tensors: Tensor) -> None:
+    """Of what is written to, and of tensors in lists, which autograd does not see."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            _fail(op, f"{name} must not require grad", "requires_grad=True", f"use torch.no_grad() or {name}.detach()")
 
 
 def _check_layout(op: str, layout: str) -> None:
@@ -350,6 +356,7 @@ def low_rank_down(
     terms = {f"down[{i}]": term for i, term in enumerate(down)}
     _check_rank(op, x=x)
     _check_float(op, x=x, y=y, scale=scale, shift=shift, **terms)
+    _check_no_gradient(op, **terms)
     _check_device(op, x=x, y=y, scale=scale, shift=shift, **terms)
     k = x.shape[-1]
     if gelu + (y is not None) + (scale is not None or shift is not None) > 1:
@@ -384,6 +391,7 @@ def low_rank_up(
     terms = {f"up[{i}]": term for i, term in enumerate(up)}
     _check_rank(op, out=out)
     _check_float(op, out=out, low=low, gate=gate, **terms)
+    _check_no_gradient(op, **terms)
     _check_device(op, out=out, low=low, gate=gate, **terms)
     _check_same_dtype(op, out=out, low=low)
     if not len(up) == len(columns) == len(alpha):

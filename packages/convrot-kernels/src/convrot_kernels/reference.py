@@ -327,8 +327,9 @@ def _scaled(
     if not a.is_floating_point():
         depth = _EXACT // ((8 if a.dtype == torch.uint8 else 128) * (8 if b.dtype == torch.uint8 else 128))
     rows = max(1, _BLOCK // left.shape[1])
-    acc = torch.cat([_dot(left, _widen(block), depth) for block in b.split(rows)], dim=1)
-    out = acc.view(*a.shape[:-1], b.shape[0])
+    out = left.new_empty((*a.shape[:-1], b.shape[0]))  # a result that is a view could not be written into
+    parts = [_dot(left, _widen(block), depth) for block in b.split(rows)]
+    torch.cat(parts, dim=1, out=out.view(len(left), b.shape[0]))
     if a_scale is not None:
         out.mul_(a_scale.unsqueeze(-1))
     out.mul_(b_scale)

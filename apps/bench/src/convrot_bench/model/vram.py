@@ -54,9 +54,7 @@ def _figure(
 ) -> Figure:
     offload = result["offload"] or {}
     fields = {"gpu_peak": process.gpu_peak, "host_peak": process.host_peak, "process_seconds": process.seconds}
-    fields |= {
-        key: offload[key] for key in ("method", "resident", "swapped", "streamed", "vae_tiles") if key in offload
-    }
+    fields |= {key: offload[key] for key in WAYS if key in offload}
     fields |= {"planned_peak": offload["peak_bytes"]} if offload else {}
     ours, baseline = (one["results"][0]["seconds_per_image"] for one in (result, whole))
     return Figure("flux_vram", shape | {"vram": limit}, ours, baseline, "s", "all of the GPU", more | fields)

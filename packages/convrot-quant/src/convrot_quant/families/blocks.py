@@ -112,7 +112,8 @@ def _join_after_loading(block: nn.Module, _: Any) -> None:
 
 def modulations(stack: Stack, linears: Sequence[nn.Module], embedding: Tensor, count: int) -> tuple[Tensor, ...]:
     """Of silu(embedding (B, C)): `count` vectors (B, C) for each linear (count * C outputs), each contiguous."""
-    if all(type(linear) is ConvLinear4bit and not linear.sides() for linear in linears):
+    # not `not`, which torch.compile cannot trace on a tuple
+    if all(type(linear) is ConvLinear4bit and len(linear.sides()) == 0 for linear in linears):
         rows = stack(linears, lambda scheme: _modulation_input(embedding, scheme), embedding.dtype)  # type: ignore[arg-type]
     else:
         rows = torch.cat([linear(F.silu(embedding)) for linear in linears], dim=-1)

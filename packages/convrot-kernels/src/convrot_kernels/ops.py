@@ -361,15 +361,16 @@ def low_rank_up(
     alpha: Sequence[float] | None = None,
     gate: Tensor | None = None,
 ) -> None:
-    """Add to out (B, ..., N) what low-rank terms make of low (B, ..., R): for each of them, in fp32, rounded once,
+    """out (B, ..., N), low (B, ..., R), one dtype; up: matrices (n, r), whose r add up to R; gate (B, N) or (N,).
 
-    out[..., c : c + n] += gate[c : c + n] * alpha * low[..., the next r] @ up^T, up (n, r), its first column c (0), its
-    alpha (1). The r add up to R. gate (B, N) or (N,). low has the dtype of out, to which up is rounded. The last
-    dimension of out is contiguous.
+    In turn for each up, with its first column c (default 0), its alpha (1) and the next r columns of low:
+    out[..., c : c + n] += gate[c : c + n] * alpha * low @ up^T, up rounded to out's dtype, in fp32, rounded once.
+    The last dimension of out is contiguous.
     """
+    columns, alpha = list(columns or [0] * len(up)), list(alpha or [1.0] * len(up))
     if out.requires_grad:  # which compiled code cannot ask
-        checks.low_rank_up(out, low, up, columns or [0] * len(up), alpha or [1.0] * len(up), gate)
-    _call("low_rank_up", out, low, list(up), list(columns or [0] * len(up)), list(alpha or [1.0] * len(up)), gate)
+        checks.low_rank_up(out, low, up, columns, alpha, gate)
+    _call("low_rank_up", out, low, list(up), columns, alpha, gate)
     _written(out)
 
 

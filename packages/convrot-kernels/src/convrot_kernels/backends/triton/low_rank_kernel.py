@@ -22,7 +22,7 @@ from convrot_kernels.backends.triton.rows import as_rows, per_batch
 
 MOST_RANKS = 64  # of a tile: more are walked through
 MOST_TERMS = 4  # of a launch
-MOST_COLUMNS = 4096, 16384  # of a program; of one that takes moments, which has the whole row
+PART_COLUMNS, ROW_COLUMNS = 4096, 16384  # of a program that has a part of a row; of one that needs all for its moments
 
 
 @triton.jit
@@ -171,8 +171,9 @@ def _after_prologue(
     out = torch.empty(m, k, dtype=x.dtype, device=x.device)
     gain, gain_stride, sample_rows = per_batch(scale, x.shape)
     shift, shift_stride, _ = per_batch(shift, x.shape)
-    columns = min(MOST_COLUMNS[prologue == "modulate"], triton.next_power_of_2(k))
-    steps = triton.cdiv(k, columns) if prologue == "modulate" else 1
+    whole = prologue == "modulate"
+    columns = min(ROW_COLUMNS if whole else PART_COLUMNS, triton.next_power_of_2(k))
+    steps = triton.cdiv(k, columns) if whole else 1
     with torch.cuda.device_of(x):
         _prologue[(m, triton.cdiv(k, columns * steps))](
             rows, more, rows if gain is None else gain, rows if shift is None else shift, out,

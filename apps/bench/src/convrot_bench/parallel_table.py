@@ -13,7 +13,8 @@ BEST, EFFICIENCY, DISTANCE = "", "_efficiency", "_distance"  # what follows a wa
 MODES = {
     "_eager": "both eager",
     "_compiled": "both compiled",
-    "_graph": "both as CUDA graphs",
+    "_graph": "both as CUDA graphs of eager steps",
+    "_graph_compiled": "both as CUDA graphs of compiled steps",
     BEST: "each its fastest",
 }
 

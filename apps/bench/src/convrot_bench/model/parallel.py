@@ -20,7 +20,7 @@ from convrot_bench.bench import Bench
 from convrot_bench.model.configs import Scale
 from convrot_bench.model.flux import shape_of
 from convrot_bench.model.phases import Phases
-from convrot_bench.model.ranks import ALONE, COMPILED_ALONE, GRAPH, REPLICAS, RING, ULYSSES, Group, work
+from convrot_bench.model.ranks import ALONE, COMPILED_ALONE, GRAPHS, REPLICAS, RING, ULYSSES, Group, work
 from convrot_bench.model.sides import BF16, COMPILED, EAGER, OURS, UNFUSED, Contender, facts
 from convrot_bench.model.step import best
 from convrot_bench.model.timing import Spread, is_gpu, versus
@@ -28,7 +28,7 @@ from convrot_bench.results import Figure
 
 CPU_PROCESSES = 2
 LOOK = 1.0  # seconds between two looks at what the processes have written
-CASES = {EAGER: "eager", COMPILED: "compiled", GRAPH: "graph"}
+CASES = {EAGER: "eager", COMPILED: "compiled", GRAPHS[EAGER]: "graph", GRAPHS[COMPILED]: "graph_compiled"}
 Spreads = dict[Contender, Spread]
 
 

@@ -42,7 +42,7 @@ from convrot_bench.model.timing import Rounds, Spread, is_gpu, time_rounds
 from convrot_bench.ops.gates import relative_l2
 
 ALONE, REPLICAS, ULYSSES, RING, COMPILED_ALONE = "alone", "replicas", "ulysses", "ring", "compiled alone"
-GRAPH = GRAPH_OF + EAGER
+GRAPHS = {mode: GRAPH_OF + mode for mode in (EAGER, COMPILED)}
 # a ring needs a kernel that says the logarithm of its sums; the native one does not
 ATTENTION = {ULYSSES: "native", RING: "_native_cudnn"}
 STEPS = 5  # timed a round: six models are to be timed in two minutes
@@ -198,9 +198,10 @@ class Rank:
         yield {Contender(name, EAGER): waited(side, EAGER) for name, side in sides.items()}
         if self.group.on_gpus:
             self.phase(f"{what}: compiling")
-            yield self._compiled(sides, what)
+            compiled = self._compiled(sides, what)
+            yield compiled
             self.phase(f"{what}: capturing graphs")
-            yield self._graphs(sides, what)
+            yield self._graphs([Contender(name, EAGER) for name in sides] + list(compiled), sides, what)
 
     def _compiled(self, sides: dict[str, Side], what: str) -> Steps:
         steps: Steps = {}
@@ -209,14 +210,15 @@ class Rank:
                 steps[Contender(name, COMPILED)] = waited(side, COMPILED)
         return steps
 
-    def _graphs(self, sides: dict[str, Side], what: str) -> Steps:
-        """Each side's eager step as one CUDA graph."""
+    def _graphs(self, runs: list[Contender], sides: dict[str, Side], what: str) -> Steps:
+        """What runs, each as one CUDA graph."""
         steps: Steps = {}
-        for name, side in sides.items():
-            replay = self._attempt(f"{what}: {name}, {GRAPH}", partial(capture, waited(side, EAGER)))
+        for name, mode in runs:
+            graph = GRAPHS[mode]
+            replay = self._attempt(f"{what}: {name}, {graph}", partial(capture, waited(sides[name], mode)))
             if replay is not None:
-                check_finite(f"{what}: {name}, {GRAPH}", replay())
-                steps[Contender(name, GRAPH)] = replay
+                check_finite(f"{what}: {name}, {graph}", replay())
+                steps[Contender(name, graph)] = replay
         return steps
 
     def _compile_unfused(self, inputs: dict[str, Any]) -> None:

@@ -128,7 +128,10 @@ def test_ways_to_share_several_gpus_are_one_table(tmp_path):
     assert "`flux_ring" not in table
     assert "FLUX.1-dev on 2 GPUs, 1024 x 1024, batch 1, in ms a step" in table
     assert "median of 15. Efficiency: the time of one GPU over 2 times that of 2." in table
-    assert "| a step shared, ring | both as CUDA graphs of eager steps | 50.0 | 45.0–55.0 | 112.0 | 90.0–110.0 | 2.24 |  |" in table
+    assert (
+        "| a step shared, ring | both as CUDA graphs of eager steps | 50.0 | 45.0–55.0 | 112.0 | 90.0–110.0 | 2.24 |  |"
+        in table
+    )
     assert (
         "| a step shared, ring | each its fastest: cuda graph of eager, BF16 compiled "
         "| 50.0 | 45.0–55.0 | 100.0 | 90.0–110.0 | 2.00 | 75%, 62% |" in table

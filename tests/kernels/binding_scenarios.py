@@ -34,6 +34,11 @@ def _bias(n: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.linspace(-1, 1, n).to(dtype)
 
 
+def _ones(*shape: int) -> Tensor:
+    """What the stand-in leaves: columns that no term writes to look as if one had."""
+    return torch.ones(shape, dtype=torch.bfloat16)
+
+
 def _chunk(index: int, samples: int = 2, k: int = 512) -> Tensor:
     return _x(samples, 6 * k, seed=3).chunk(6, dim=-1)[index]
 
@@ -81,8 +86,30 @@ CASES: dict[str, Callable[[], Call]] = {
     "a gate for each sample": lambda: (
         ck.scaled_mm_gate_residual, (*_operands(2, 20), None, _x(2, 128), _x(2, 20, 128, seed=2)), IN_BLOCKS
     ),
+    "down": lambda: (ck.low_rank_down, (_x(2, 7, 512), [_x(16, 512), _x(16, 512, seed=1)]), {}),
+    "down of columns, gelu": lambda: (ck.low_rank_down, (_x(5, 1024)[:, 512:], [_x(5, 512)]), {"gelu": True}),
+    "down of two inputs": lambda: (ck.low_rank_down, (_x(2, 3, 256), [_x(8, 768)], _x(2, 3, 1024)[..., 512:]), {}),
+    "down, modulated": lambda: (
+        ck.low_rank_down, (_x(2, 7, 512), [_x(8, 512)] * 4, None, _chunk(0), _chunk(1), 1e-5), {}
+    ),
+    "down, modulated alike in fp16": lambda: (
+        ck.low_rank_down,
+        (_x(2, 7, 512).half(), [_x(8, 512).half()], None, _x(512).float(), _x(512, seed=2)), {},
+    ),
+    "up": lambda: (ck.low_rank_up, (_ones(2, 7, 128), _x(2, 7, 16), [_x(128, 16)]), {}),
+    "up in columns": lambda: (
+        ck.low_rank_up,
+        (_ones(2, 7, 512)[..., 128:320], _x(2, 7, 32)[..., :24], [_x(64, 8), _x(96, 8), _x(32, 8)],
+         [0, 64, 160], [1.0, -0.5, 2.0]), {},
+    ),
+    "up, gated": lambda: (ck.low_rank_up, (_ones(3, 5, 64), _x(3, 5, 4), [_x(64, 4)]), {"gate": _x(3, 64).float()}),
+    "up, gated alike in fp16": lambda: (
+        ck.low_rank_up,
+        (_ones(3, 5, 64).half(), _x(3, 5, 64).half(), [_x(64, 64).half()]), {"gate": _x(64)},
+    ),
 }  # fmt: skip
 OUTPUTS = {"convrot_gemv": (12,), "sm90": (10,), "convrot_rotate_quantize": (12, 13)}
+OUTPUTS |= {"convrot_low_rank_down": (18,), "convrot_low_rank_up": (0,)}
 OUTPUTS["convrot_norm_rope"] = (14, 15, 16)  # which arguments are results; v may be none
 
 
@@ -157,6 +184,21 @@ LIKE_A_LEARNED_CALL: dict[str, tuple[str, Callable[[tuple[Any, ...]], tuple[Any,
         lambda args: (torch.zeros(2, 20, 513).bfloat16()[..., 1:129], *args[1:]),
     ),
     "residual not contiguous": ("gate and residual", lambda args: (*args[:6], _every_other(args[6]))),
+    "y misaligned, down": ("down of two inputs", lambda args: (*args[:2], _misaligned(args[2]))),
+    "x misaligned, down": ("down", lambda args: (_misaligned(args[0]), args[1])),
+    "x of fp32, down": ("down", lambda args: (args[0].float(), [one.float() for one in args[1]])),
+    "a matrix misaligned": ("down", lambda args: (args[0], [args[1][0], _misaligned(args[1][1])])),
+    "a matrix not contiguous": ("down", lambda args: (args[0], [_every_other(one) for one in args[1]])),
+    "a matrix of fp32": ("down", lambda args: (args[0], [one.float() for one in args[1]])),
+    "matrices of two ranks": ("down", lambda args: (args[0], [args[1][0], args[1][1][:8]])),
+    "five matrices": ("down", lambda args: (args[0], [args[1][0]] * 5)),
+    "another number of matrices": ("down", lambda args: (args[0], args[1][:1])),
+    "chunks of two strides, down": ("down, modulated", lambda args: (*args[:3], args[3].contiguous(), *args[4:])),
+    "out misaligned, up": ("up", lambda args: (_misaligned(args[0]), *args[1:])),
+    "low misaligned": ("up", lambda args: (args[0], _misaligned(args[1]), args[2])),
+    "terms on one place": ("up in columns", lambda args: (*args[:3], [0, 56, 160], args[4])),
+    "terms in no order": ("up in columns", lambda args: (*args[:2], [args[2][0]] * 3, [64, 0, 128], args[4])),
+    "a column that is no multiple of 8": ("up in columns", lambda args: (*args[:2], [args[2][2]] * 3, [0, 33, 160])),
     "another dtype of bias": ("product", lambda args: (*args[:4], args[4].half())),
     "other rows": ("product", lambda args: (args[0][:8], args[1], args[2][:8], *args[3:])),
 }
@@ -211,6 +253,16 @@ WRONG: list[tuple[str, Callable[[tuple[Any, ...]], Any], str]] = [
     ("product", lambda args: ck.scaled_mm(*args[:4], args[4][:5], **IN_BLOCKS), "bias must have the shape (128,), got"),
     ("product", lambda args: ck.scaled_mm(*args, torch.int32, **IN_BLOCKS), "out_dtype must be float16, bfloat16 or"),
     ("product", lambda args: ck.scaled_mm(*args, b_layout="hopper"), "the layout must be one of"),
+    (
+        "down",
+        lambda args: ck.low_rank_down(args[0], [args[1][0][:, :256]]),
+        "down[0] must have the shape (16, 512), got",
+    ),
+    ("down, modulated", lambda args: ck.low_rank_down(*args[:5], -1.0), "eps must be positive, got -1"),
+    ("down, modulated", lambda args: ck.low_rank_down(*args[:4]), "scale and shift come together, got one of them"),
+    ("up", lambda args: ck.low_rank_up(*args, [8]), "up[0] must lie within the columns of out, got 128 columns from 8"),
+    ("up", lambda args: ck.low_rank_up(*args, [0], [1.0, 2.0]), "each term has one column and one alpha, got 1 up, 1"),
+    ("up, gated", lambda args: ck.low_rank_up(*args, gate=_x(2, 64)), "gate must have the shape (64,) or (3, 64), got"),
     (
         "product",
         lambda args: ck.scaled_mm(args[0], args[1].to("meta"), *args[2:], **IN_BLOCKS),

@@ -22,10 +22,11 @@ from convrot_kernels.backends.cutlass.variants import of_arch
 
 ARCH = "sm_90a"
 C_TYPES = {ctypes.c_void_p: "void*", ctypes.c_int: "int", ctypes.c_int64: "int64_t", ctypes.c_float: "float"}
+MOST = 40  # arguments of a kernel
 HEAD = """
 #include <stdint.h>
 #include <string.h>
-struct Entry { const char* name; int count; double values[24]; } entries[64];
+struct Entry { const char* name; int count; double values[%d]; } entries[64];
 int total = 0, result = 0;
 extern "C" {
 int convrot_abi_version() { return %d; }
@@ -50,6 +51,9 @@ void fill(int dtype, void* out, int64_t stride, int rows, int columns) {
 BODIES = {
     "convrot_norm_rope": "void* out[] = {a14, a15, a16}; int c = a20 * a21; "
     "for (int i = 0; i < 3; ++i) if (out[i]) fill(a6, out[i], c, (a18 + a19) * a17, c);",
+    "convrot_low_rank_down": "int c = a16 * a17; fill(a22, a18, c, a19, c);",
+    "convrot_low_rank_up": "char* to = (char*)a0; int n[] = {a8, a9, a10, a11}, c[] = {a12, a13, a14, a15}; "
+    "for (int i = 0; i < a20; ++i) fill(a27, to + 2 * c[i], a1, a26, n[i]);",
     "convrot_gemv": "fill(a13, a12, a14, a15, a16);",
     "convrot_rotate_quantize": "int c = a18 ? a15 / 2 : a15; fill<char>(a12, c, a14, c, 1), fill(0, a13, 1, a14, 1);",
 }
@@ -69,7 +73,7 @@ class Kernels:
 
     def take(self) -> list[tuple[str, tuple[float, ...]]]:
         """(name, arguments) of the calls since the last time."""
-        calls, values = [], (ctypes.c_double * 24)()
+        calls, values = [], (ctypes.c_double * MOST)()
         total = ctypes.c_int.in_dll(self._functions, "total")
         for index in range(total.value):
             name = self._functions.taken(index, values)
@@ -89,8 +93,9 @@ def _function(name: str, types: tuple[Any, ...], out: int | None = None) -> str:
 
 
 def compile_kernels(target: Path) -> None:
-    text = HEAD % (build.ABI_VERSION, build.source_key(ARCH))
-    text += 'extern "C" const char* taken(int i, double* to) { memcpy(to, entries[i % 64].values, 192); '
+    text = HEAD % (MOST, build.ABI_VERSION, build.source_key(ARCH))
+    text += 'extern "C" const char* taken(int i, double* to) { '
+    text += "memcpy(to, entries[i % 64].values, sizeof(entries[0].values)); "
     text += 'return entries[i % 64].name; }\nextern "C" int count(int i) { return entries[i % 64].count; }\n'
     text += "".join(_function(name, types) for name, types in library._PLAIN.items())
     codes = {"fp32": 0, "fp16": 1, "bf16": 2}

@@ -63,6 +63,30 @@ def rotations() -> None:
             ck.rotate_quantize_modulate(x, y[0], y[2], 1e-6, *options, packed=packed)
 
 
+def low_rank() -> None:
+    """Every prologue and number of tiles, rows and columns that fill no block, terms beside each other, gates."""
+    for (rows, k, r), dtype in itertools.product(
+        [(5, 264, 7), (37, 512, 24), (33, 1032, 44), (16, 576, 80)], (torch.bfloat16, torch.float16)
+    ):
+        x, y = make_inputs(2, rows, k, dtype=dtype, device=DEVICE), make_inputs(2, rows, 40, dtype=dtype, device=DEVICE)
+        vectors = torch.randn(2, k, device=DEVICE).to(dtype)
+        down = torch.randn(r, k + 40, device=DEVICE).to(dtype) / 16
+        for options in ({}, {"gelu": True}, {"scale": vectors, "shift": vectors}, {"y": y}):
+            terms = list((down if "y" in options else down[:, :k].contiguous()).split((r + 1) // 2))
+            expected = reference.low_rank_down(x, terms, **options)
+            torch.testing.assert_close(ck.low_rank_down(x, terms, **options), expected, rtol=0.02, atol=0.05)
+        r = 4 * (r // 4)
+        up = [torch.randn(n, r, device=DEVICE).to(dtype) for n in (8, 264, 72)]
+        low = torch.randn(2, rows, 3 * r, device=DEVICE).to(dtype)
+        for gate in (None, torch.randn(2, 344, device=DEVICE)):
+            out = torch.randn(2, rows, 344, device=DEVICE).to(dtype)
+            expected = out.clone()
+            arguments = (low, up, [0, 8, 272], [1.0, -0.5, 2.0], gate)
+            reference.low_rank_up(expected, *arguments)
+            ck.low_rank_up(out, *arguments)
+            torch.testing.assert_close(out, expected, rtol=0.02, atol=0.05)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="cutlass", choices=["cutlass", "triton"])
@@ -70,6 +94,7 @@ def main() -> None:
     with torch.no_grad(), ck.use_backend(options.backend):
         products()
         rotations()
+        low_rank()
         torch.cuda.synchronize()
     sys.stdout.write(f"{options.backend}: every kernel ran and agreed\n")
 

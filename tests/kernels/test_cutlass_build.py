@@ -88,6 +88,7 @@ def test_units_hold_every_variant_of_the_arch_and_what_is_not_generated() -> Non
         assert {
             "gemv",
             "norm_rope",
+            "low_rank",
             "abi",
             "rotate_quantize_bf16",
             "rotate_quantize_fp16",
@@ -253,9 +254,7 @@ def test_nvcc_builds_a_library_that_loads_and_answers(tmp_path: Path, monkeypatc
     except BuildError as error:
         pytest.skip(str(error))
     variant = next(variant for variant in of_arch(ARCH) if variant.weight == "s8")
-    wanted = [
-        unit for unit in units(ARCH) if unit.name in (variant.name, "gemv", "norm_rope", "abi", "rotate_quantize_bf16")
-    ]
+    wanted = [unit for unit in units(ARCH) if unit.name in (variant.name, *build._PLAIN, "rotate_quantize_bf16")]
     monkeypatch.setenv("CONVROT_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "units", lambda arch: tuple(wanted))
     monkeypatch.setattr(library, "of_arch", lambda arch: (variant,))

@@ -177,3 +177,61 @@ def test_quantizer_gets_the_rows_of_any_view(recorder: _Recorder) -> None:
     assert copied[1] == 1024
     cutlass.rotate_quantize_cat_gelu(x[:, :512], x[:, 512:768])
     assert recorder.calls[-1][1][:5] == (x.data_ptr(), 1040, x.data_ptr() + 1024, 1040, 512)
+
+
+def _bf16(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def test_a_term_reads_what_a_quantizer_does_in_one_launch(recorder: _Recorder) -> None:
+    x, y = make_inputs(2, 5, 512), make_inputs(2, 5, 1024, seed=1)
+    shift, scale = _bf16(2, 6 * 512).chunk(6, dim=-1)[:2]
+    down = [_bf16(16, 512), _bf16(16, 512)]
+    low = cutlass.low_rank_down(x, down, scale=scale, shift=shift, eps=1e-5)
+    assert low.shape == (2, 5, 32)
+    cutlass.low_rank_down(x[..., :256], [_bf16(7, 768)], y[..., 512:])
+    (name, modulated), (_, both) = recorder.calls
+    assert name == "convrot_low_rank_down"
+    assert modulated[:11] == (x.data_ptr(), 512, None, 0, 512, scale.data_ptr(), 2, shift.data_ptr(), 2, 3072, 5)
+    assert modulated[12:18] == (down[0].data_ptr(), down[1].data_ptr(), None, None, 2, 16)
+    assert modulated[18:23] == (low.data_ptr(), 10, 512, 2, 2)
+    assert both[:5] == (x.data_ptr(), 512, y.data_ptr() + 1024, 1024, 256)
+    assert both[16:18] == (1, 7)
+    assert both[19:22] == (10, 768, 4)
+
+
+def test_terms_that_are_not_alike_are_read_as_one(recorder: _Recorder) -> None:
+    x = make_inputs(5, 512)
+    for down in ([_bf16(16, 512), _bf16(8, 512)], [_bf16(8, 512)] * 5, [torch.randn(24, 512)], [_bf16(512, 24).t()]):
+        low = cutlass.low_rank_down(x, down)
+        _, arguments = recorder.calls[-1]
+        assert arguments[13:18] == (None, None, None, 1, low.shape[1])
+    assert len(recorder.calls) == 4
+
+
+def test_terms_beside_each_other_are_one_launch_and_those_on_one_place_two(recorder: _Recorder) -> None:
+    out, low = make_inputs(2, 5, 1024)[..., 64:], _bf16(2, 5, 32)
+    up, gate = [_bf16(64, 16), _bf16(128, 16)], torch.randn(2, 960)
+    cutlass.low_rank_up(out, low, up, [0, 64], [1.0, -0.5], gate)
+    cutlass.low_rank_up(out, low, up, [0, 0], [1.0, -0.5])
+    (name, once), (_, first), (_, second) = recorder.calls
+    assert name == "convrot_low_rank_up"
+    assert once[:4] == (out.data_ptr(), 1024, low.data_ptr(), 32)
+    assert once[4:20] == (up[0].data_ptr(), up[1].data_ptr(), None, None, 64, 128, 0, 0, 0, 64, 0, 0, 1.0, -0.5, 0, 0)
+    assert once[20:28] == (2, 16, gate.data_ptr(), 0, 960, 5, 10, 2)
+    assert (first[2], second[2]) == (low.data_ptr(), low.data_ptr() + 32)
+    assert (first[20], second[20]) == (1, 1)
+
+
+def test_what_the_term_kernels_have_no_code_for_is_done_without_them(recorder: _Recorder) -> None:
+    x, low, ones = make_inputs(2, 5, 512), _bf16(2, 5, 16), torch.ones(2, 5, 24).bfloat16()
+    assert cutlass.low_rank_down(x.float(), [torch.eye(8, 512)]).equal(x[..., :8].float())
+    assert cutlass.low_rank_down(x[..., :500], [torch.eye(8, 500).bfloat16()]).equal(x[..., :8])
+    for up in (_bf16(20, 16), _bf16(24, 6), torch.randn(24, 16)):  # columns, ranks, dtype
+        out = ones.clone()
+        cutlass.low_rank_up(out, low[..., : up.shape[1]], [up], [0], [1.0])
+        wanted = 1 + low[..., : up.shape[1]].float() @ up.bfloat16().float().t()
+        torch.testing.assert_close(out[..., : up.shape[0]].float(), wanted, rtol=2**-7, atol=2**-7)
+    cutlass.low_rank_up(ones, low[..., :0], [], [], [])
+    assert cutlass.low_rank_down(x[:0], [_bf16(8, 512)]).shape == (0, 5, 8)
+    assert recorder.calls == []

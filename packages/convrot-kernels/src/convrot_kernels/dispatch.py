@@ -39,8 +39,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "scaled_mm_gate_residual": _FASTEST_FIRST,
     "norm_rope": _FASTEST_FIRST,
     "norm_rope_joint": _FASTEST_FIRST,
-    "low_rank_down": ("triton", "reference"),
-    "low_rank_up": ("triton", "reference"),
+    "low_rank_down": _FASTEST_FIRST,
+    "low_rank_up": _FASTEST_FIRST,
     "pack_int4": ("reference",),
     "unpack_int4": ("reference",),
 }

@@ -43,8 +43,6 @@ SCHEMAS = (
 )
 
 _WRITING = ("scaled_mm_out", "low_rank_up")
-_UNBOUND = ("low_rank_down", "low_rank_up")  # no compiled code takes them: in eager mode not even the dispatcher does
-_DIRECT: dict[str, Callable[..., Any]] = {}
 _REFUSE = "refuse_gradient(Tensor grad, Tensor input, str op) -> Tensor"
 
 _LIBRARY = torch.library.Library("convrot", "DEF")
@@ -67,8 +65,6 @@ def _register(schema: str) -> None:
         results = [first.new_empty(shape, dtype=dtype) for shape, dtype in check(first, *args, **options)]
         return tuple(results) if len(results) > 1 else next(iter(results), None)
 
-    if op in _UNBOUND:
-        _DIRECT[op] = run
     results = schema.partition("->")[2].count("Tensor")
 
     def serve(first: Tensor, *args: Any, **options: Any) -> Any:
@@ -136,8 +132,6 @@ def _call(op: str, *args: Any, **options: Any) -> Any:
     asks = torch.is_grad_enabled() and op not in _WRITING
     if asks and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _NotDifferentiable.apply(op, options, *args)
-    if op in _DIRECT and not torch.compiler.is_compiling() and _is_eager(args):
-        return _DIRECT[op](*args, **options)
     try:
         return getattr(_OPS, op).default(*args, **options)
     except RuntimeError as error:
@@ -145,18 +139,6 @@ def _call(op: str, *args: Any, **options: Any) -> Any:
         if original is None:
             raise
     raise original  # outside of the block: what compiled code made of it is no part of its story
-
-
-def _is_eager(args: Sequence[Any]) -> bool:
-    """Whether tensors have values and nothing looks at what is called: no fake or traced tensors, no mode."""
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    plain = (Tensor, torch.nn.Parameter)
-    for arg in args:
-        for one in arg if isinstance(arg, list) else (arg,):
-            if isinstance(one, Tensor) and (one.is_meta or type(one) not in plain):
-                return False
-    return True
 
 
 def _original(error: RuntimeError) -> BaseException | None:

@@ -1,11 +1,12 @@
 """CUTLASS backend: the compiled library of this GPU. `build.py` makes it, nothing here compiles.
 
 variants.py (which kernels), generate.py (their text), build.py (text -> library), library.py (load and check),
-products.py, quantize.py and norm_rope.py (the ops), binding.py (the ops without Python). Importing this touches neither
-CUDA nor the library.
+products.py, quantize.py, norm_rope.py and low_rank.py (the ops), binding.py (the ops without Python). Importing this
+touches neither CUDA nor the library.
 """
 
 from convrot_kernels.backends.cutlass.library import why_not
+from convrot_kernels.backends.cutlass.low_rank import low_rank_down, low_rank_up
 from convrot_kernels.backends.cutlass.norm_rope import norm_rope, norm_rope_joint
 from convrot_kernels.backends.cutlass.products import (
     preferred_codes,
@@ -21,7 +22,6 @@ from convrot_kernels.backends.cutlass.quantize import (
     rotate_quantize_modulate,
     rotate_quantize_silu_mul,
 )
-from convrot_kernels.backends.triton import low_rank_down, low_rank_up  # bound by memory: the library has none
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ SOURCE = build.HERE / "csrc" / "binding.cpp"
 LEAST_TORCH = (2, 10)  # whose stable C functions the source keeps to: what is built once serves all later ones
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = ("-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-shared", _TARGET)
-_GEMM, _GEMV, _QUANTIZER, _NORM_ROPE = range(4)  # Kind in the source
+_GEMM, _GEMV, _QUANTIZER, _NORM_ROPE, _LOW_RANK_DOWN, _LOW_RANK_UP = range(6)  # Kind in the source
 _TEXTS = ("rule", "b_layout")  # str arguments, of which the binding hands over the address
 
 _thread = threading.local()
@@ -188,9 +188,16 @@ def serve(run: Callable[..., Any], results: int, first: Tensor, args: tuple[Any,
         _thread.calls = outer
     if calls:
         returned = result if isinstance(result, tuple) else (result,)
-        tensors = [value for value in (first, *args, *options.values(), *returned) if isinstance(value, Tensor)]
-        _teach(tensors, calls)
+        _teach(list(_tensors((first, *args, *options.values(), *returned))), calls)
     return result
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from _tensors(value)
 
 
 def _text(address: int) -> str:
@@ -208,6 +215,8 @@ def _teach(tensors: list[Tensor], calls: list[Call]) -> None:
         kind, detail = _QUANTIZER, 0
     elif first.name == "convrot_norm_rope":
         kind, detail = _NORM_ROPE, 0
+    elif first.name.startswith("convrot_low_rank"):
+        kind, detail = (_LOW_RANK_UP if first.name.endswith("up") else _LOW_RANK_DOWN), 0
     elif first.name == "convrot_gemv":
         kind, detail = _GEMV, first.arguments[1]  # the weight's format
     assert _loaded is not None, "only the binding calls this"

@@ -40,6 +40,7 @@ FLAGS = (
 )
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _INPUTS = ("bf16", "fp16", "fp32")  # rotate_quantize.cu is compiled once for each
+_PLAIN = ("gemv", "norm_rope", "low_rank", "abi")
 
 
 class BuildError(RuntimeError):
@@ -72,7 +73,9 @@ def units(arch: str) -> tuple[Unit, ...]:
     gemms = [Unit(variant.name, generate(variant)) for variant in of_arch(arch)]
     quantizer = (HERE / "csrc" / "rotate_quantize.cu").read_text()
     inputs = [Unit(f"rotate_quantize_{name}", quantizer, (f"-DCONVROT_INPUT={name}",)) for name in _INPUTS]
-    plain = [Unit(name, (HERE / "csrc" / f"{name}.cu").read_text()) for name in ("gemv", "norm_rope", "abi")]
+    plain = [
+        Unit(name, (HERE / "csrc" / f"{name}.cu").read_text()) for name in ("gemv", "norm_rope", "low_rank", "abi")
+    ]
     return (*gemms, *inputs, *plain)
 
 

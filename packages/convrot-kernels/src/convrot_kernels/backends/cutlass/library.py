@@ -26,6 +26,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int),
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int, *(c_void_p,) * 5, *(c_int,) * 5, c_float, c_void_p),
     ),
+    "convrot_low_rank_down": (
+        *(c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int, c_void_p, c_int, c_int64, c_int, c_float),
+        *(*(c_void_p,) * 4, c_int, c_int, c_void_p, *(c_int,) * 4, c_void_p),
+    ),
+    "convrot_low_rank_up": (
+        *(c_void_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 4, *(c_int,) * 8, *(c_float,) * 4),
+        *(c_int, c_int, c_void_p, c_int, c_int64, c_int, c_int, c_int, c_void_p),
+    ),
     **{
         f"convrot_rotate_quantize_{name}": (
             *(c_void_p, c_int64, c_void_p, c_int64, c_int),

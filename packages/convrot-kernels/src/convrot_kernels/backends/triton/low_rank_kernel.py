@@ -8,20 +8,17 @@ to 3072 19 us. Lost there: prologues inside of the product, whose loads then wai
 of K = 12288 250 us). Not tried: the term in the epilogue of the product, which would spare reading and writing out.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from convrot_kernels.backends.terms import MOST_TERMS, launches
 from convrot_kernels.backends.triton.device_functions import operand, rounded
 from convrot_kernels.backends.triton.rotate_quantize_kernel import normed, values
 from convrot_kernels.backends.triton.rows import as_rows, per_batch
 
 MOST_RANKS = 64  # of a tile: more are walked through
-MOST_TERMS = 4  # of a launch
 PART_COLUMNS, ROW_COLUMNS = 4096, 16384  # of a program that has a part of a row; of one that needs all for its moments
 
 
@@ -125,30 +122,6 @@ def _low_rank_up(
     tl.store(places, rounded(out.to(tl.float32) + sums, dtype), mask=inside)
 
 
-class Term(NamedTuple):
-    """up (n, r), contiguous; where in out its columns begin; its alpha."""
-
-    matrix: Tensor
-    column: int
-    alpha: float
-
-
-def _launches(up: list[Tensor], columns: list[int], alpha: list[float]) -> Iterator[tuple[int, list[Term]]]:
-    """-> first column of low, and up to MOST_TERMS terms of one rank and dtype, none of whose columns meet."""
-    first, end, found = 0, 0, list[Term]()
-    for term in map(Term, (matrix.contiguous() for matrix in up), columns, alpha):
-        if found:
-            last = found[-1]
-            alike = term.matrix.shape[1] == last.matrix.shape[1] and term.matrix.dtype == last.matrix.dtype
-            if not alike or len(found) == MOST_TERMS or term.column < last.column + last.matrix.shape[0]:
-                yield first, found
-                first, found = end, []
-        found.append(term)
-        end += term.matrix.shape[1]
-    if found:
-        yield first, found
-
-
 def _ranks(r: int) -> int:
     """Of a tile: tensor cores take 16 at least."""
     return min(MOST_RANKS, max(16, triton.next_power_of_2(r)))
@@ -235,7 +208,7 @@ def low_rank_up(
     gate, gate_stride, sample_rows = per_batch(gate, out.shape)
     tile, wide = (32 if m <= 1024 else 64), (128 if out.dtype != torch.float32 else 64)
     with torch.cuda.device_of(out):
-        for first, terms in _launches(up, columns, alpha):
+        for first, terms in launches(up, columns, alpha):
             r = terms[0].matrix.shape[1]
             if m * r == 0:
                 continue

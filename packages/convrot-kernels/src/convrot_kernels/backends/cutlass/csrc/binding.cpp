@@ -38,7 +38,7 @@ constexpr int64_t kAlignment = 16;    // bytes: one vector load, and what a tens
 // the first three are those of abi.h, kInt8 is the GEMV's code for activations of one byte
 enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kUInt8 = 4, kOther = 5, kAbsent = 6 };
 
-// the kernels' signatures: gemv.cu, sm90_gemm.cuh and sm80_gemm.cuh, rotate_quantize.cu, norm_rope.cu
+// the kernels' signatures: gemv.cu, sm90_gemm.cuh and sm80_gemm.cuh, rotate_quantize.cu, norm_rope.cu, low_rank.cu
 using Gemm = int (*)(void const* weight, void const* x, void const* a_scale, void const* b_scale, void const* bias,
                      int bias_dtype, void const* gate, int gate_dtype, void const* residual, int64_t residual_stride,
                      void* out, int64_t out_stride, int m, int n, int k, int device, int sm_count, void* stream);
@@ -55,6 +55,16 @@ using Attended = int (*)(void const* text, int64_t text_stride_b, int64_t text_s
                          void const* text_k_weight, void const* q_weight, void const* k_weight, int weight_dtype,
                          void const* cos, void const* sin, void* q, void* k, void* v, int batch, int text_tokens,
                          int image_tokens, int heads, int d, float eps, void* stream);
+using Downward = int (*)(void const* x, int64_t x_stride, void const* y, int64_t y_stride, int seam, void const* scale,
+                         int scale_dtype, void const* shift, int shift_dtype, int64_t vector_stride,
+                         int rows_per_vector, float eps, void const* down0, void const* down1, void const* down2,
+                         void const* down3, int terms, int r, void* low, int rows, int k, int prologue, int dtype,
+                         void* stream);
+using Upward = int (*)(void* out, int64_t out_stride, void const* low, int64_t low_stride, void const* up0,
+                       void const* up1, void const* up2, void const* up3, int n0, int n1, int n2, int n3, int column0,
+                       int column1, int column2, int column3, float alpha0, float alpha1, float alpha2, float alpha3,
+                       int terms, int r, void const* gate, int gate_dtype, int64_t gate_stride, int rows_per_gate,
+                       int rows, int dtype, void* stream);
 
 // what has been learned
 
@@ -68,7 +78,7 @@ struct Hash {
   }
 };
 
-enum Kind : int { kGemm = 0, kGemv = 1, kQuantizer = 2, kNormRope = 3 };
+enum Kind : int { kGemm = 0, kGemv = 1, kQuantizer = 2, kNormRope = 3, kLowRankDown = 4, kLowRankUp = 5 };
 
 struct Kernel {
   void* function;
@@ -180,6 +190,22 @@ Tensor optional_tensor(StableIValue from) {
   return inner ? tensor(*inner) : Tensor();
 }
 
+// of a list: how many there are, -1 where they cannot be asked, and up to kMostTerms of them, borrowed
+constexpr int kMostTerms = 4;
+
+template <class T>
+int64_t listed(StableIValue from, T (&into)[kMostTerms], T (*read)(StableIValue)) {
+  auto const list = value<StableListHandle>(from);
+  size_t size = 0;
+  if (torch_list_size(list, &size) != 0) return -1;
+  for (size_t i = 0; i < size && i < kMostTerms; ++i) {
+    StableIValue item;
+    if (torch_list_get_item(list, i, &item) != 0) return -1;
+    into[i] = read(item);
+  }
+  return int64_t(size);
+}
+
 // of a str: rules and layouts are known by name, and names are Python's
 int64_t digest(StableIValue from) {
   char const* text = nullptr;
@@ -191,11 +217,22 @@ int64_t digest(StableIValue from) {
   return int64_t(hash);
 }
 
-// one letter an argument: t tensor, o optional tensor, d optional dtype, s str, v a value that owns nothing
+// one letter an argument: t tensor, o optional tensor, d optional dtype, s str, l list of tensors, n list of numbers,
+// v a value that owns nothing
 void release(StableIValue* stack, char const* letters) {
   for (int i = 0; letters[i]; ++i) {
     if (letters[i] == 't') aoti_torch_delete_tensor_object(value<AtenTensorHandle>(stack[i]));
     if (letters[i] == 's') torch_delete_string(value<StringHandle>(stack[i]));
+    if (letters[i] == 'l' || letters[i] == 'n') {
+      auto const list = value<StableListHandle>(stack[i]);
+      size_t size = 0;
+      if (letters[i] == 'l') torch_list_size(list, &size);
+      for (size_t item = 0; item < size; ++item) {
+        StableIValue one;
+        if (torch_list_get_item(list, item, &one) == 0) aoti_torch_delete_tensor_object(value<AtenTensorHandle>(one));
+      }
+      torch_delete_list(list);
+    }
     if (letters[i] != 'o' && letters[i] != 'd') continue;
     auto const inner = value<StableIValue*>(stack[i]);
     if (inner && letters[i] == 'o') aoti_torch_delete_tensor_object(value<AtenTensorHandle>(*inner));
@@ -532,6 +569,154 @@ struct NormRope {
   }
 };
 
+// up to kMostTerms matrices of one dtype, all with r rows or all with r columns
+struct Terms {
+  Tensor matrix[kMostTerms];
+  int64_t count = 0, r = 0;
+
+  bool read(StableIValue from, Tensor const& like, int axis, int64_t alignment) {
+    count = listed<Tensor>(from, matrix, tensor);
+    if (count < 1 || count > kMostTerms || matrix[0].dim != 2) return false;
+    r = matrix[0].sizes[axis];
+    for (int64_t i = 0; i < count; ++i) {
+      Tensor const& one = matrix[i];
+      if (one.dtype != like.dtype || one.dim != 2 || one.sizes[axis] != r || !contiguous(one) ||
+          !one.aligned(alignment) || !one.on_the_device_of(like))
+        return false;
+    }
+    return r > 0;
+  }
+};
+
+bool is_half(Tensor const& t) { return t.dtype == kFloat16 || t.dtype == kBFloat16; }
+
+// (B, C) or (C,): columns side by side, eight at a time
+struct Vectors {
+  int64_t samples = 1, stride = 0;
+
+  bool read(Tensor const& vector, Tensor const& of, int64_t columns) {
+    if (!vector.is_float() || !per_sample(vector, of, columns, samples) || !vector.on_the_device_of(of)) return false;
+    int64_t const apart = vector.dim == 2 ? vector.strides[0] : 0;
+    stride = samples > 1 ? apart : 0;
+    return vector.strides[vector.dim - 1] == 1 && vector.aligned(8 * vector.element_size()) && apart % 8 == 0;
+  }
+};
+
+struct LowRankDown {
+  static constexpr char const* letters = "tlooovv";
+  Key key{};
+  int launches = 1;
+  Tensor x, y, scale, shift;
+  Terms down;
+  Rows rows, more;
+  Vectors gain, offset;
+  double eps = 0;
+  int64_t k = 0, seam = 0;
+  int prologue = kNone;
+
+  static bool loadable(Tensor const& t, Rows& rows) {
+    return is_half(t) && rows.read(t) && t.aligned(kAlignment) && rows.stride % 8 == 0 && t.last() % 8 == 0;
+  }
+
+  bool read(StableIValue const* stack) {
+    x = tensor(stack[0]), y = optional_tensor(stack[2]), scale = optional_tensor(stack[3]);
+    shift = optional_tensor(stack[4]), eps = value<double>(stack[5]);
+    bool const gelu = value<bool>(stack[6]), modulated = scale.there() || shift.there();
+    if (!loadable(x, rows) || gelu + y.there() + modulated > 1) return false;
+    prologue = gelu ? kGelu : y.there() ? kCatGelu : modulated ? kModulate : kNone;
+    seam = x.last(), k = seam;
+    if (y.there()) {
+      if (y.dtype != x.dtype || y.dim != x.dim || !same_sizes(x.sizes, y.sizes, x.dim - 1)) return false;
+      if (!y.on_the_device_of(x) || !loadable(y, more)) return false;
+      k += y.last();
+    }
+    if (modulated) {
+      if (!(eps > 0) || !scale.there() || !shift.there() || shift.dim != scale.dim) return false;
+      if (!gain.read(scale, x, k) || !offset.read(shift, x, k) || gain.stride != offset.stride) return false;
+    }
+    if (k > INT_MAX || !down.read(stack[1], x, 0, kAlignment)) return false;
+    for (int64_t i = 0; i < down.count; ++i) {
+      if (down.matrix[i].sizes[1] != k) return false;
+    }
+    key = {64, x.device, x.dtype, scale.dtype, shift.dtype, prologue, down.count, down.r};
+    return down.count * down.r <= INT_MAX;
+  }
+
+  bool launch(Kernel const& kernel, StableIValue* stack) {
+    Result low;
+    OnDevice const on(x.device);
+    Tensor const* const d = down.matrix;
+    bool const done =
+        kernel.kind == kLowRankDown && on.ready && low.allocate(x, down.count * down.r, x.dtype) &&
+        reinterpret_cast<Downward>(kernel.function)(
+            x.data, rows.stride, y.data, more.stride, int(seam), scale.data, scale.there() ? scale.dtype : 0,
+            shift.data, shift.there() ? shift.dtype : 0, gain.stride, int(rows.count / gain.samples), float(eps),
+            d[0].data, d[1].data, d[2].data, d[3].data, int(down.count), int(down.r), low.data, int(rows.count), int(k),
+            prologue, x.dtype, on.stream) == 0;
+    if (!done) return low.drop(), false;
+    release(stack, letters);
+    stack[0] = boxed(low.handle);
+    return true;
+  }
+};
+
+struct LowRankUp {
+  static constexpr char const* letters = "ttlnno";
+  Key key{};
+  int launches = 1;
+  Tensor out, low, gate;
+  Terms up;
+  Rows out_rows, low_rows;
+  Vectors gates;
+  int64_t columns[kMostTerms] = {};
+  double alpha[kMostTerms] = {};
+
+  // the terms lie beside one another, in the order of their columns
+  bool read_columns(StableIValue const* stack) {
+    if (listed<int64_t>(stack[3], columns, value<int64_t>) != up.count) return false;
+    if (listed<double>(stack[4], alpha, value<double>) != up.count) return false;
+    int64_t end = 0;
+    for (int64_t i = 0; i < up.count; ++i) {
+      int64_t const n = up.matrix[i].sizes[0];
+      if (n < 1 || n % 8 || columns[i] % 8 || columns[i] < end || n > out.last() - columns[i]) return false;
+      end = columns[i] + n;
+    }
+    return true;
+  }
+
+  bool read(StableIValue const* stack) {
+    out = tensor(stack[0]), low = tensor(stack[1]), gate = optional_tensor(stack[5]);
+    if (!is_half(out) || low.dtype != out.dtype || low.dim != out.dim || !low.on_the_device_of(out)) return false;
+    if (!out_rows.read(out) || !out.aligned(kAlignment) || out_rows.stride % 8 || out.last() > INT_MAX) return false;
+    if (!same_sizes(out.sizes, low.sizes, out.dim - 1) || !low_rows.read(low) || !low.aligned(8)) return false;
+    if (low_rows.stride % 4 || !up.read(stack[2], out, 1, 8) || up.r % 4 || up.r > 64) return false;
+    if (low.last() != up.count * up.r || !read_columns(stack)) return false;
+    if (gate.there() && !gates.read(gate, out, out.last())) return false;
+    key = {65, out.device, out.dtype, gate.dtype, up.count, up.r};
+    return true;
+  }
+
+  bool launch(Kernel const& kernel, StableIValue* stack) {
+    OnDevice const on(out.device);
+    Tensor const* const u = up.matrix;
+    int n[kMostTerms], column[kMostTerms];
+    for (int i = 0; i < kMostTerms; ++i) {
+      bool const there = i < up.count;
+      n[i] = there ? int(u[i].sizes[0]) : 0, column[i] = there ? int(columns[i]) : 0;
+    }
+    bool const done =
+        kernel.kind == kLowRankUp && on.ready &&
+        reinterpret_cast<Upward>(kernel.function)(
+            out.data, out_rows.stride, low.data, low_rows.stride, u[0].data, u[1].data, u[2].data, u[3].data, n[0],
+            n[1], n[2], n[3], column[0], column[1], column[2], column[3], float(alpha[0]), float(alpha[1]),
+            float(alpha[2]), float(alpha[3]), int(up.count), int(up.r), gate.data, gate.there() ? gate.dtype : 0,
+            gates.stride, int(out_rows.count / gates.samples), int(out_rows.count), out.dtype, on.stream) == 0;
+    if (!done) return false;
+    release(stack, letters);
+    return true;
+  }
+};
+
 // a call: here if it can be, else in Python
 
 // takes the arguments from the stack and leaves the results there
@@ -583,6 +768,8 @@ constexpr char kRotateQuantizeSiluMul[] = "convrot_python::rotate_quantize_silu_
 constexpr char kRotateQuantizeCatGelu[] = "convrot_python::rotate_quantize_cat_gelu";
 constexpr char kNormRopeAlone[] = "convrot_python::norm_rope";
 constexpr char kNormRopeJoint[] = "convrot_python::norm_rope_joint";
+constexpr char kLowRankDownOp[] = "convrot_python::low_rank_down";
+constexpr char kLowRankUpOp[] = "convrot_python::low_rank_up";
 constexpr char kScaledMm[] = "convrot_python::scaled_mm";
 constexpr char kScaledMmOut[] = "convrot_python::scaled_mm_out";
 constexpr char kScaledMmGateResidual[] = "convrot_python::scaled_mm_gate_residual";
@@ -601,7 +788,8 @@ CONVROT_EXPORT int convrot_register(void* stream, int64_t const* named) {
       add<Quantize<kModulate>, kRotateQuantizeModulate>(library) &&
       add<Quantize<kSiluMul>, kRotateQuantizeSiluMul>(library) &&
       add<Quantize<kCatGelu>, kRotateQuantizeCatGelu>(library) && add<NormRope<false>, kNormRopeAlone>(library) &&
-      add<NormRope<true>, kNormRopeJoint>(library) && add<Product<kReturned>, kScaledMm>(library) &&
+      add<NormRope<true>, kNormRopeJoint>(library) && add<LowRankDown, kLowRankDownOp>(library) &&
+      add<LowRankUp, kLowRankUpOp>(library) && add<Product<kReturned>, kScaledMm>(library) &&
       add<Product<kWritten>, kScaledMmOut>(library) && add<Product<kGated>, kScaledMmGateResidual>(library);
   return done ? 0 : 1;
 }

@@ -1,0 +1,450 @@
+// A 16-bit low-rank term beside a quantized product: low = values down^T, later out += gate * alpha * low up^T.
+//
+// Both are bound by memory: x is read once, out once and written once. The products are m16n8k16 on tensor cores, whose
+// order of K is free: a lane's fragments are its eight (or four) values of a row as one load brought them, of both
+// operands alike. low_rank_down: a block has 16 rows and all ranks; its warps share K out among themselves and add up in
+// a fixed order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
+// arithmetic; LayerNorm reads its rows twice more before, which then lie in the cache. low_rank_up: a warp has 32 columns,
+// whose order is free as well: each lane writes eight neighbours. up stays in registers for 64 rows.
+#include "eight.cuh"
+
+namespace convrot {
+namespace {
+
+enum Prologue : int { kNone = 0, kGelu = 1, kModulate = 2, kCatGelu = 4 };  // those of rotate_quantize.cu
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kMostTerms = 4;
+constexpr int kRows = 16;      // of a block of low_rank_down
+constexpr int kBands = 4;      // of 16 rows, in a block of low_rank_up
+constexpr int kWide = 32;      // columns of a warp of low_rank_up
+constexpr float kTiny = 0x1p-80f;  // for squares that leave fp32; as reference.py does
+
+template <bool kHalf>
+__device__ __forceinline__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+  if constexpr (kHalf) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+
+// stays in the cache: read again soon, by this block or by others
+template <class X>
+__device__ __forceinline__ Eight<X> load_shared_eight(X const* at) {
+  uint4 const v = __ldg(reinterpret_cast<uint4 const*>(at));
+  return {{v.x, v.y}, {v.z, v.w}};
+}
+
+// low = values down^T
+
+struct Down {
+  void const *x, *y;
+  int64_t x_stride, y_stride;
+  int seam;                   // columns of x in cat_gelu
+  void const *scale, *shift;  // of modulate, one row per rows_per_vector rows of x
+  int scale_dtype, shift_dtype, rows_per_vector;
+  int64_t vector_stride;
+  float eps, inverse_k;
+  void const* down[kMostTerms];  // each (r, k)
+  int ranks, r;                  // of all terms, of each
+  void* low;                     // (rows, ranks)
+  int rows, k;
+};
+
+// LayerNorm: x -> x * scale + offset
+struct Moments {
+  float scale, offset;
+};
+
+template <class In, int kPrologue, int kTiles>
+struct DownBlock {
+  static constexpr int kParts = kTiles > 4 ? 1 : 2;  // what a warp reads at once: 32 columns each, as registers allow
+  static constexpr int kChunk = 32 * kParts;
+  Down const& p;
+  int const lane, warp, group, quad;
+
+  __device__ int row_at(int of_block) const { return min(int(blockIdx.x) * kRows + of_block, p.rows - 1); }
+  __device__ In const* x_of(int row) const { return static_cast<In const*>(p.x) + row * p.x_stride; }
+
+  template <class Visit>
+  __device__ void each_of_row(In const* x, Visit visit) const {
+#pragma unroll 4
+    for (int column = lane * kColumns; column < p.k; column += 32 * kColumns) {
+      float v[kColumns];
+      unpack<In>(load_shared_eight(x + column), v);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) visit(v[i]);
+    }
+  }
+  // all of a warp; in two passes, damped where squares leave fp32
+  __device__ Moments moments_of(In const* x) const {
+    float damp = 1.f;
+    while (true) {
+      float sum = 0.f, squares = 0.f;
+      each_of_row(x, [&](float v) { sum += v * damp; });
+      float const mean = warp_sum(sum) * p.inverse_k;
+      each_of_row(x, [&](float v) {
+        float const off = v * damp - mean;
+        squares += off * off;
+      });
+      float const variance = warp_sum(squares) * p.inverse_k;
+      if (isfinite(variance) || damp != 1.f) {
+        float const inverse = rsqrtf(variance + p.eps * damp);
+        return {damp * inverse, -mean * inverse};
+      }
+      damp = kTiny;
+    }
+  }
+
+  __device__ void modulate(Eight<In>& raw, Moments const& m, float const (&gain)[kColumns],
+                           float const (&shift)[kColumns]) const {
+    float v[kColumns];
+    unpack<In>(raw, v);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) v[i] = fmaf(fmaf(v[i], m.scale, m.offset), 1.f + gain[i], shift[i]);
+    raw = pack<In>(v);
+  }
+  __device__ int64_t vector_of(int row) const { return p.vector_stride ? row / p.rows_per_vector * p.vector_stride : 0; }
+  __device__ void vectors(int64_t at, float (&gain)[kColumns], float (&shift)[kColumns]) const {
+    load_any(p.scale, p.scale_dtype, at, gain);
+    load_any(p.shift, p.shift_dtype, at, shift);
+  }
+
+  // eight columns of rows `group` and `group + 8`, as the product reads them
+  __device__ void load(int column, Eight<In> (&raw)[2], Moments const* of_rows) const {
+    int const rows[2] = {row_at(group), row_at(group + 8)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (column >= p.k) {
+        raw[i] = {};
+      } else if (kPrologue == kModulate) {
+        raw[i] = load_shared_eight(x_of(rows[i]) + column);
+      } else if (kPrologue == kCatGelu && column >= p.seam) {
+        raw[i] = load_eight(static_cast<In const*>(p.y) + rows[i] * p.y_stride + column - p.seam);
+      } else {
+        raw[i] = load_eight(x_of(rows[i]) + column);
+      }
+    }
+    if (column >= p.k) return;
+    if constexpr (kPrologue == kGelu || kPrologue == kCatGelu) {
+      if (kPrologue == kCatGelu && column < p.seam) return;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float v[kColumns];
+        unpack<In>(raw[i], v);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) v[j] = gelu<false>(v[j]);
+        raw[i] = pack<In>(v);
+      }
+    }
+    if constexpr (kPrologue == kModulate) {
+      float gain[kColumns], shift[kColumns];
+      int64_t const first = vector_of(rows[0]), second = vector_of(rows[1]);
+      vectors(first + column, gain, shift);
+      modulate(raw[0], of_rows[group], gain, shift);
+      if (second != first) vectors(second + column, gain, shift);
+      modulate(raw[1], of_rows[group + 8], gain, shift);
+    }
+  }
+
+  __device__ In const* down_of(int rank) const {  // null beyond the last
+    int const term = rank / p.r;
+    void const* const matrix = term == 0 ? p.down[0] : term == 1 ? p.down[1] : term == 2 ? p.down[2] : p.down[3];
+    return rank < p.ranks ? static_cast<In const*>(matrix) + int64_t(rank - term * p.r) * p.k : nullptr;
+  }
+
+  __device__ void accumulate(float (&sums)[kTiles][4], int first_rank, Moments const* of_rows) const {
+    In const* down[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) down[tile] = down_of(first_rank + tile * 8 + group);
+#pragma unroll 1
+    for (int chunk = warp * kChunk; chunk < p.k; chunk += kWarps * kChunk) {
+      Eight<In> x[kParts][2], d[kParts][kTiles];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        int const column = chunk + part * 32 + quad * kColumns;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+          d[part][tile] = down[tile] && column < p.k ? load_shared_eight(down[tile] + column) : Eight<In>{};
+        load(column, x[part], of_rows);
+      }
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Eight<In> const &a = x[part][0], &b = x[part][1];
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          constexpr bool kHalf = std::is_same_v<In, __half>;
+          Eight<In> const& c = d[part][tile];
+          multiply_add<kHalf>(sums[tile], a.first.x, b.first.x, a.first.y, b.first.y, c.first.x, c.first.y);
+          multiply_add<kHalf>(sums[tile], a.second.x, b.second.x, a.second.y, b.second.y, c.second.x, c.second.y);
+        }
+      }
+    }
+  }
+
+  __device__ void write(float const (&sums)[kTiles][4], int first_rank) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const row = int(blockIdx.x) * kRows + group + i / 2 * 8, rank = first_rank + tile * 8 + quad * 2 + i % 2;
+        if (row < p.rows && rank < p.ranks)
+          store_from_float(p.low, dtype_of<In>, int64_t(row) * p.ranks + rank, sums[tile][i]);
+      }
+    }
+  }
+};
+
+template <class In, int kPrologue, int kTiles>
+__global__ void __launch_bounds__(kThreads, 2) low_rank_down(__grid_constant__ Down const p) {
+  __shared__ Moments of_rows[kRows];
+  __shared__ float shared[kWarps / 2][kTiles * 4][32];
+  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first_rank = blockIdx.y * kTiles * 8;
+  DownBlock<In, kPrologue, kTiles> const block{p, lane, warp, lane >> 2, lane & 3};
+  if constexpr (kPrologue == kModulate) {
+    for (int row = warp; row < kRows; row += kWarps) {
+      Moments const found = block.moments_of(block.x_of(block.row_at(row)));
+      if (lane == 0) of_rows[row] = found;
+    }
+    __syncthreads();
+  }
+  float sums[kTiles][4] = {};
+  block.accumulate(sums, first_rank, of_rows);
+#pragma unroll
+  for (int half = kWarps / 2; half; half /= 2) {
+    if (warp >= half && warp < 2 * half) {
+#pragma unroll
+      for (int i = 0; i < kTiles * 4; ++i) shared[warp - half][i][lane] = sums[i / 4][i % 4];
+    }
+    __syncthreads();
+    if (warp < half) {
+#pragma unroll
+      for (int i = 0; i < kTiles * 4; ++i) sums[i / 4][i % 4] += shared[warp][i][lane];
+    }
+    __syncthreads();
+  }
+  if (warp == 0) block.write(sums, first_rank);
+}
+
+template <class In, int kPrologue>
+int launch_down(Down const& p, cudaStream_t stream) {
+  int const tiles = (p.ranks + 7) / 8;
+  auto const run = [&](auto* kernel, int of_block) {
+    dim3 const grid((p.rows + kRows - 1) / kRows, (tiles + of_block - 1) / of_block);
+    kernel<<<grid, kThreads, 0, stream>>>(p);
+    return cuda_status(cudaGetLastError());
+  };
+  if (tiles <= 2) return run(low_rank_down<In, kPrologue, 2>, 2);
+  if (tiles <= 4) return run(low_rank_down<In, kPrologue, 4>, 4);
+  if (tiles <= 6) return run(low_rank_down<In, kPrologue, 6>, 6);
+  return run(low_rank_down<In, kPrologue, 8>, 8);
+}
+
+template <class In>
+int launch_down(Down const& p, int prologue, cudaStream_t stream) {
+  switch (prologue) {
+    case kNone:
+      return launch_down<In, kNone>(p, stream);
+    case kGelu:
+      return launch_down<In, kGelu>(p, stream);
+    case kModulate:
+      return launch_down<In, kModulate>(p, stream);
+    case kCatGelu:
+      return launch_down<In, kCatGelu>(p, stream);
+    default:
+      return kUnknownShape;
+  }
+}
+
+// out += gate * alpha * low up^T
+
+struct Term {
+  void const* up;  // (n, r)
+  int n, column;   // the first one in out
+  float alpha;
+  int tile;  // of the grid, the first one
+};
+
+struct Up {
+  void* out;
+  int64_t out_stride;
+  void const* low;  // a term's ranks after those of the one before it
+  int64_t low_stride;
+  Term terms[kMostTerms];
+  int count, r;
+  void const* gate;  // or null
+  int gate_dtype, rows_per_gate;
+  int64_t gate_stride;
+  int rows;
+};
+
+template <class In>
+__device__ __forceinline__ Four<In> load_rank_four(In const* at, bool inside) {
+  return inside ? __ldg(reinterpret_cast<uint2 const*>(at)) : uint2{};
+}
+
+template <class In, int kSteps>
+__global__ void __launch_bounds__(kThreads, 2) low_rank_up(__grid_constant__ Up const p) {
+  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
+  Term term = p.terms[0];
+  int index = 0;
+#pragma unroll
+  for (int i = 1; i < kMostTerms; ++i) {
+    if (i < p.count && int(blockIdx.y) >= p.terms[i].tile) term = p.terms[i], index = i;
+  }
+  int const first = ((int(blockIdx.y) - term.tile) * kWarps + warp) * kWide;
+  if (first >= term.n) return;
+  int const column = first + quad * kColumns, top = blockIdx.x * kBands * 16;
+  bool const inside = column < term.n;
+  auto* const out = static_cast<In*>(p.out) + term.column + column;
+  auto const* const low = static_cast<In const*>(p.low) + index * p.r;
+
+  Eight<In> old[kBands][2];
+#pragma unroll
+  for (int i = 0; i < 2 * kBands; ++i) {
+    int const row = top + i / 2 * 16 + i % 2 * 8 + group;
+    old[i / 2][i % 2] = {};
+    if (inside && row < p.rows) {
+      uint4 const v = *reinterpret_cast<uint4 const*>(out + row * p.out_stride);
+      old[i / 2][i % 2] = {{v.x, v.y}, {v.z, v.w}};
+    }
+  }
+  Four<In> up[4][kSteps];
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    int const n = first + (group >> 1) * kColumns + tile * 2 + (group & 1);
+    auto const* const row = static_cast<In const*>(term.up) + int64_t(n) * p.r;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      up[tile][step] = load_rank_four(row + step * 16 + quad * 4, n < term.n && step * 16 + quad * 4 < p.r);
+  }
+  float gate[kColumns];
+  int64_t gated = -1;  // where it was read
+#pragma unroll
+  for (int band = 0; band < kBands; ++band) {
+    int const row = top + band * 16 + group;
+    if (top + band * 16 >= p.rows) break;
+    float sums[4][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      bool const some = step * 16 + quad * 4 < p.r;
+      Four<In> const a = load_rank_four(low + row * p.low_stride + step * 16 + quad * 4, some && row < p.rows);
+      Four<In> const b = load_rank_four(low + (row + 8) * p.low_stride + step * 16 + quad * 4, some && row + 8 < p.rows);
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile)
+        multiply_add<std::is_same_v<In, __half>>(sums[tile], a.x, b.x, a.y, b.y, up[tile][step].x, up[tile][step].y);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const at = row + half * 8;
+      if (!inside || at >= p.rows) continue;
+      if (p.gate) {
+        int64_t const from = (p.gate_stride ? at / p.rows_per_gate * p.gate_stride : 0) + term.column + column;
+        if (from != gated) load_any(p.gate, p.gate_dtype, from, gate), gated = from;
+      }
+      float v[kColumns];
+      unpack<In>(old[band][half], v);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        float const sum = sums[i / 2][half * 2 + i % 2] * term.alpha;
+        v[i] += p.gate ? sum * gate[i] : sum;
+      }
+      store_eight(out + at * p.out_stride, pack<In>(v));
+    }
+  }
+}
+
+template <class In>
+int launch_up(Up const& p, int tiles, cudaStream_t stream) {
+  auto const run = [&](auto* kernel) {
+    dim3 const grid((p.rows + kBands * 16 - 1) / (kBands * 16), tiles);
+    kernel<<<grid, kThreads, 0, stream>>>(p);
+    return cuda_status(cudaGetLastError());
+  };
+  return p.r <= 16 ? run(low_rank_up<In, 1>) : p.r <= 32 ? run(low_rank_up<In, 2>) : run(low_rank_up<In, 4>);
+}
+
+}  // namespace
+}  // namespace convrot
+
+// x, y and down of one 16-bit dtype; strides in elements; rows of x and y, down (r, k) and the vectors 16-byte aligned;
+// k and seam multiples of 8; scale and shift null unless prologue is modulate; low (rows, terms * r)
+CONVROT_EXPORT int convrot_low_rank_down(void const* x, int64_t x_stride, void const* y, int64_t y_stride, int seam,
+                                         void const* scale, int scale_dtype, void const* shift, int shift_dtype,
+                                         int64_t vector_stride, int rows_per_vector, float eps, void const* down0,
+                                         void const* down1, void const* down2, void const* down3, int terms, int r,
+                                         void* low, int rows, int k, int prologue, int dtype, void* stream) {
+  using namespace convrot;
+  if (rows < 1 || k < 8 || k % 8 || seam % 8 || terms < 1 || terms > kMostTerms || r < 1 || rows_per_vector < 1)
+    return kUnknownShape;
+  Down const p{x,
+               y,
+               x_stride,
+               y_stride,
+               seam,
+               scale,
+               shift,
+               scale_dtype,
+               shift_dtype,
+               rows_per_vector,
+               vector_stride,
+               eps,
+               1.f / float(k),
+               {down0, down1, down2, down3},
+               terms * r,
+               r,
+               low,
+               rows,
+               k};
+  auto const at = static_cast<cudaStream_t>(stream);
+  if (dtype == kBFloat16) return launch_down<__nv_bfloat16>(p, prologue, at);
+  return dtype == kFloat16 ? launch_down<__half>(p, prologue, at) : kUnknownShape;
+}
+
+// out, low and up of one 16-bit dtype; up (n, r) and rows of low 8-byte aligned, r a multiple of 4, at most 64; n a
+// multiple of 8, columns and rows of out 16-byte aligned, gate too (32 bytes of fp32), gate's columns those of out or
+// null. Terms write to columns of their own.
+CONVROT_EXPORT int convrot_low_rank_up(void* out, int64_t out_stride, void const* low, int64_t low_stride,
+                                       void const* up0, void const* up1, void const* up2, void const* up3, int n0,
+                                       int n1, int n2, int n3, int column0, int column1, int column2, int column3,
+                                       float alpha0, float alpha1, float alpha2, float alpha3, int terms, int r,
+                                       void const* gate, int gate_dtype, int64_t gate_stride, int rows_per_gate,
+                                       int rows, int dtype, void* stream) {
+  using namespace convrot;
+  if (rows < 1 || terms < 1 || terms > kMostTerms || r < 4 || r > 64 || r % 4 || rows_per_gate < 1)
+    return kUnknownShape;
+  Up p{out,
+       out_stride,
+       low,
+       low_stride,
+       {{up0, n0, column0, alpha0, 0}, {up1, n1, column1, alpha1, 0}, {up2, n2, column2, alpha2, 0},
+        {up3, n3, column3, alpha3, 0}},
+       terms,
+       r,
+       gate,
+       gate_dtype,
+       rows_per_gate,
+       gate_stride,
+       rows};
+  int tiles = 0;
+  for (int i = 0; i < terms; ++i) {
+    if (p.terms[i].n < 8 || p.terms[i].n % 8 || p.terms[i].column % 8) return kUnknownShape;
+    p.terms[i].tile = tiles;
+    tiles += (p.terms[i].n + kWarps * kWide - 1) / (kWarps * kWide);
+  }
+  auto const at = static_cast<cudaStream_t>(stream);
+  if (dtype == kBFloat16) return launch_up<__nv_bfloat16>(p, tiles, at);
+  return dtype == kFloat16 ? launch_up<__half>(p, tiles, at) : kUnknownShape;
+}

@@ -1,7 +1,11 @@
 """How a pipeline fits a GPU: components(pipe) are measured, pick() decides where each one waits, apply() does it.
 
 A component is resident (always on the GPU), swapped (there while it runs) or streamed (there layer by layer while it
-runs, which is how T5's 9.5 GB pass through 8 GB). Least moving first: the first way that fits is taken.
+runs, which is how T5's 9.5 GB pass through 8 GB). Of the placements that fit, the one is taken that copies for the
+fewest seconds an image: a swapped component both ways, in pageable memory; a streamed one from pinned memory and never
+back, but whenever it runs. So text encoders are streamed, and a transformer of many steps is swapped. Every layer is
+offloaded by itself (sequential) where none fits. Tiles change an image at their seams: the VAE decodes in tiles where
+it would not fit alone, or nothing fits without them; never to copy less.
 
 What a component needs beside its weights is estimated, then rounded up to a multiple of 256 MiB:
     transformer, text encoders: rows * K of the widest linear * bytes a value * 6; rows = batch * tokens
@@ -14,6 +18,7 @@ a time, so that slicing a VAE's batch would save nothing.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,10 +30,16 @@ from convrot_quant.generation import Settings, call_arguments, size_multiple
 from convrot_quant.plans import size_text
 
 Method = Literal["none", "model", "group", "sequential"]
+Names = tuple[str, ...]
+Placement = tuple[Method, Names, Names]  # the method, what it streams, what it swaps
 LINEAR_MAPS, VAE_MAPS = 6, 5
 SCRATCH_UNIT = 2**28
 KEPT_FREE = 16  # of 16 parts of the memory one is left alone: the CUDA context, and holes between blocks
+COPIED_BACK = "vae"  # layer by layer: its encoder, which never runs, would confuse a stream, and only that goes one way
 LAYERS_AHEAD = 2  # a streamed component holds the layer that runs and the next one, which is on its way
+# Bytes a second: 16 lanes of PCIe 4 carry about 20e9 from pinned memory; from and to pageable memory, which the driver
+# copies once more, an H200's host was measured at 2.5e9 and others are faster. What is picked hangs on their ratio.
+PINNED, PAGEABLE = 20e9, 4e9
 # what is assumed of a pipeline that does not say it
 IMAGE_SIZE, TEXT_TOKENS, PATCH, VAE_CHANNELS = 1024, 512, 16, 256
 _limited: set[int] = set()  # GPUs on which budget() limits this process
@@ -45,6 +56,8 @@ class Component:
     tiled_scratch: int  # the same number but for a VAE that can decode in tiles
     swaps: bool  # the pipeline knows when it runs
     streams: bool  # diffusers can offload its layers
+    runs: int = 1  # for one image: the steps of a denoiser
+    buffers: int = 0  # bytes of them, which streaming leaves on the GPU: diffusers sends parameters away only
 
     @property
     def alone(self) -> int:
@@ -57,8 +70,8 @@ class Offload:
     """Where each component of a pipeline is during a run, and the bytes that this needs of those that there are."""
 
     method: Method
-    streamed: tuple[str, ...]
-    swapped: tuple[str, ...]
+    streamed: Names
+    swapped: Names
     tiles: bool
     peak: int
     resident_peak: int  # with everything on the GPU
@@ -74,13 +87,22 @@ class Offload:
         sizes = {c.name: f"{c.name} ({size_text(c.bytes)})" for c in self.components}
         for way, names in ways.items():
             text += f"; {way}: {', '.join(sizes[name] for name in names)}" if names else ""
+        text += f"; moving takes about {self.seconds:.1f} s an image" if self.method != "none" else ""
         return f"{text}; the VAE decodes in tiles" if self.tiles else text
 
     @property
-    def resident(self) -> tuple[str, ...]:
+    def resident(self) -> Names:
         """The components that stay on the GPU."""
         moved = {*self.streamed, *self.swapped}
         return tuple(c.name for c in self.components if c.name not in moved)
+
+    @property
+    def seconds(self) -> float:
+        """What copying takes for one image, estimated; a stream's share of it goes on while layers run."""
+        moved = [c for c in self.components if c.name not in self.resident]
+        back = sum(c.bytes for c in moved if c.name in {*self.swapped, COPIED_BACK})
+        runs = sum(c.bytes * c.runs for c in moved if c.name not in {*self.swapped, COPIED_BACK})
+        return 2 * back / PAGEABLE + runs / (PAGEABLE if self.method == "sequential" else PINNED)
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure, ready for JSON."""
@@ -93,6 +115,7 @@ class Offload:
             "vram_bytes": self.vram,
             "peak_bytes": self.peak,
             "resident_peak_bytes": self.resident_peak,
+            "moving_seconds": self.seconds,
             "component_bytes": {c.name: c.bytes for c in self.components},
         }
 
@@ -103,50 +126,53 @@ def choose(pipe: Any, vram_bytes: int, settings: Settings) -> Offload:
 
 
 def pick(components: Sequence[Component], vram_bytes: int) -> Offload:
-    """The first way to place the components that fits; a ValueError with the number needed where none does."""
+    """Of the placements that fit the one that moves least; a ValueError with the number needed where none does."""
     usable = vram_bytes - vram_bytes // KEPT_FREE
-    resident_peak = _peak(components, (), ())
-    tiles = any(c.alone > usable and c.tiled_scratch < c.scratch for c in components)
-    if tiles:
-        components = [replace(c, scratch=c.tiled_scratch) for c in components]
-    peaks = []
-    for method, streamed, swapped in _ways(components, usable):
-        ahead = 1 if method == "sequential" else LAYERS_AHEAD
-        peaks.append(_peak(components, streamed, swapped, ahead))
-        if peaks[-1] <= usable:
-            return Offload(method, streamed, swapped, tiles, peaks[-1], resident_peak, vram_bytes, tuple(components))
+    resident_peak = _peak(components, "none")
+    whole, in_tiles = tuple(components), tuple(replace(c, scratch=c.tiled_scratch) for c in components)
+    last: Placement = ("sequential", tuple(c.name for c in components if c.swaps or c.streams), ())
+    tries = [(whole, _placements(whole)), (in_tiles, _placements(whole)), (in_tiles, iter([last]))]
+    if any(c.alone > usable and c.tiled_scratch < c.scratch for c in components):
+        del tries[0]
+    for parts, placements in tries:
+        tiles = parts != whole
+        found = [Offload(*where, tiles, _peak(parts, *where), resident_peak, vram_bytes, parts) for where in placements]
+        if fitting := [offload for offload in found if offload.peak <= usable]:
+            return min(fitting, key=lambda o: (o.seconds, len(o.streamed) + len(o.swapped), o.peak))
     tenth = 2**30 / 10
-    needed = -(-min(peaks) * KEPT_FREE // (KEPT_FREE - 1)) // tenth * tenth + tenth
+    needed = -(-found[-1].peak * KEPT_FREE // (KEPT_FREE - 1)) // tenth * tenth + tenth
     raise ValueError(
         f"{size_text(vram_bytes)} of GPU memory cannot hold this run: it needs {size_text(needed)}, with every layer "
         "offloaded; give it more memory or draw a smaller image"
     )
 
 
-def _ways(components: Sequence[Component], usable: int) -> Iterator[tuple[Method, tuple[str, ...], tuple[str, ...]]]:
-    """(method, streamed, swapped) from the least moving to the most."""
-    swaps = tuple(c.name for c in components if c.swaps)
-    streams = tuple(c.name for c in components if c.streams)
-    large = tuple(c.name for c in components if c.streams and c.alone > usable)
+def _placements(components: Sequence[Component]) -> Iterator[Placement]:
+    """Each component wherever it can be, as far as `apply` can place it.
+
+    With nothing streamed only diffusers' own chain, of all that swap, lets a pipeline know on which device it runs. A
+    component swapped alone never leaves, so that it needs what a resident one does and is not picked.
+    """
     yield "none", (), ()
-    yield "model", (), swaps
-    yield "group", large, ()
-    yield "group", large, tuple(name for name in swaps if name not in large)
-    yield "group", streams, ()
-    yield "sequential", tuple(c.name for c in components if c.swaps or c.streams), ()
+    yield "model", (), tuple(c.name for c in components if c.swaps)
+    ways = [["resident"] + ["streamed"] * c.streams + ["swapped"] * c.swaps for c in components]
+    for placed in itertools.product(*ways):
+        streamed = tuple(c.name for c, way in zip(components, placed, strict=True) if way == "streamed")
+        swapped = tuple(c.name for c, way in zip(components, placed, strict=True) if way == "swapped")
+        if streamed:
+            yield "group", streamed, swapped
 
 
-def _peak(components: Sequence[Component], streamed: Sequence[str], swapped: Sequence[str], ahead: int = 1) -> int:
+def _peak(components: Sequence[Component], method: Method, streamed: Names = (), swapped: Names = ()) -> int:
     """Bytes on the GPU at the worst moment: what stays there, and the most that one component adds as it runs."""
-    stays = sum(c.bytes for c in components if c.name not in {*streamed, *swapped})
+    stays = sum(c.buffers if c.name in streamed else c.bytes for c in components if c.name not in swapped)
     # a swapped component stays until the next swapped one runs
     waits = max((c.bytes for c in components if c.name in swapped), default=0)
-    adds = []
-    for c in components:
-        if c.name in swapped:
-            adds.append(c.alone)
-        else:
-            adds.append(waits + c.scratch + (ahead * c.layer_bytes if c.name in streamed else 0))
+    ahead = 1 if method == "sequential" else LAYERS_AHEAD
+    adds = [
+        c.alone if c.name in swapped else waits + c.scratch + ahead * c.layer_bytes * (c.name in streamed)
+        for c in components
+    ]
     return stays + max(adds, default=0)
 
 
@@ -163,18 +189,21 @@ def _component(pipe: Any, name: str, module: nn.Module, arguments: Mapping[str, 
     height, width = arguments.get("height", IMAGE_SIZE), arguments.get("width", IMAGE_SIZE)
     layer = max(_bytes(child, recurse=False) for child in module.modules())
     if name == "vae":
-        scratch, tiled = _decoding(module, height, width), _decoding_tiles(module, height, width)
+        scratch, tiled, runs = _decoding(module, height, width), _decoding_tiles(module, height, width), 1
     else:
         rows = arguments.get("max_sequence_length", TEXT_TOKENS)
+        runs = batch = _batch(pipe, arguments)  # a text encoder takes the prompt and its negative apart
         if name.startswith("transformer"):
+            runs = arguments["num_inference_steps"]
             multiple = size_multiple(pipe)
             patch = multiple if multiple > 1 else PATCH
             rows += -(-height // patch) * -(-width // patch)
         widest = max((linear.in_features for linear in module.modules() if isinstance(linear, nn.Linear)), default=0)
-        scratch = tiled = _batch(pipe, arguments) * rows * widest * _itemsize(module) * LINEAR_MAPS
+        scratch = tiled = batch * rows * widest * _itemsize(module) * LINEAR_MAPS
     free = name not in pipe._exclude_from_cpu_offload
     streams = free and bool(getattr(module, "_supports_group_offloading", True))
-    return Component(name, _bytes(module), layer, _in_units(scratch), _in_units(tiled), free and in_order, streams)
+    sizes = _bytes(module), layer, _in_units(scratch), _in_units(tiled)
+    return Component(name, *sizes, free and in_order, streams, runs, sum(b.nbytes for b in module.buffers()))
 
 
 def _batch(pipe: Any, arguments: Mapping[str, Any]) -> int:
@@ -259,8 +288,7 @@ def _group(pipe: Any, offload: Offload, device: torch.device) -> None:
     for component in offload.components:
         module = getattr(pipe, component.name)
         if component.name in offload.streamed:
-            # without a stream every layer is copied back as well; a VAE's encoder, which never runs, would confuse one
-            stream = device.type == "cuda" and component.name != "vae"
+            stream = device.type == "cuda" and component.name != COPIED_BACK
             options = {"onload_device": device, "offload_type": "leaf_level", "use_stream": stream}
             apply_group_offloading(module, offload_device=torch.device("cpu"), **options)
         elif component.name in offload.swapped:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import ProcessException
 from typer.testing import CliRunner
 
+from convrot_bench import cli
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.cli import app
 from convrot_bench.model import (
@@ -536,6 +537,11 @@ def test_rows_of_several_gpus_are_there_as_soon_as_they_are_measured(monkeypatch
     assert [row.case for row in rest] == ["flux_ulysses", "flux_ulysses_efficiency"]
     assert rest[1].ours == pytest.approx(0.8)
     assert said == ["not timed: parallel: a process failed: RuntimeError: NCCL"] * fails
+
+
+def test_help_names_every_table():
+    named = cli.TABLES.replace(" or ", ", ").split(", ")
+    assert sorted(named) == sorted(TABLES)
 
 
 def test_models_are_drawn_from_one_seed():

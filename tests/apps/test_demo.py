@@ -92,6 +92,12 @@ def test_a_link_out_of_bounds_is_refused() -> None:
             torch.OutOfMemoryError("CUDA out of memory. Tried"),
             "The GPU ran out of memory: choose a smaller size than 64",
         ),
+        (
+            RuntimeError("CUDA error: out of memory\nSearch for"),
+            "The GPU ran out of memory",
+        ),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "The GPU ran out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "The GPU ran out of memory"),
         (MemoryError(), "The machine ran out of memory: choose a smaller size"),
         (UserError("steps must be"), "steps must be"),
         (CheckpointError("folder: broken"), "folder: broken"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
+import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 
 from convrot_demo import figures, heat, layers, lora, plan_table
 from convrot_demo import models as models_file
+from convrot_demo import worker as worker_file
 from convrot_demo.comparison import FULL, QUANTIZED, Event, Job, Side, compare
 from convrot_demo.drawing import Drawn, Stopped, arguments_of, draw
 from convrot_demo.errors import UserError
@@ -203,14 +206,35 @@ def test_the_worker_streams_events_and_ends_with_an_outcome_or_a_failure(models:
     worker.close()
 
 
+def test_what_a_failed_run_held_is_let_go_and_its_log_says_where(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+
+    def broken(*_: object) -> None:
+        x = torch.empty(8)
+        held.append(weakref.ref(x))
+        raise MemoryError
+
+    monkeypatch.setattr(worker_file, "compare", broken)
+    worker = Worker(models)
+    *_, failed = worker.stream(Job(DEFAULTS), threading.Event())
+    worker.close()
+    assert held[0]() is None
+    assert "in broken" in "".join(traceback.format_exception(failed.error))
+
+
 @pytest.mark.parametrize("way", ["swap", "offload", "4bit"])
-def test_every_placement_draws_the_same_images(models: Models, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    """The ways of a GPU on the CPU: the bytes that budget() gives are the only thing pretended."""
-    expected = run(models, Job(DEFAULTS))
+def test_every_placement_draws_the_same_images(
+    models: Models, monkeypatch: pytest.MonkeyPatch, device: str, way: str
+) -> None:
+    """The bytes that budget() gives are pretended; on the CPU the ways of a GPU are as well."""
+    options = Options(str(WEIGHTS), device=device, mini_flux=WEIGHTS)
+    expected = run(models if device == "cpu" else Models(options), Job(DEFAULTS))
     sizes = {"swap": 345, "offload": 345, "4bit": 292}
     monkeypatch.setattr(models_file, "budget", lambda device, vram: sizes[way] * MIB)
     memory: Any = "offload" if way == "offload" else "auto"
-    other = Models(Options(str(WEIGHTS), memory=memory, mini_flux=WEIGHTS))
+    other = Models(replace(options, memory=memory))
     assert other.way == way
     outcome = run(other, Job(DEFAULTS))
     assert outcome.quantized.drawn.image.tobytes() == expected.quantized.drawn.image.tobytes()

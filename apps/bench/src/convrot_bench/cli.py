@@ -14,7 +14,7 @@ console = Console(stderr=True, highlight=False)
 
 PAGE = Path("docs/report.html")
 MODEL_OUT, TINY_OUT = Path("docs/results/model.jsonl"), Path("outputs/model_tiny.jsonl")
-TABLES = "step, sizes, peers, families, pipeline, breakdown, loading, lora, branch, conversion or parallel"
+TABLES = "step, sizes, peers, families, pipeline, breakdown, loading, lora, branch, conversion, vram or parallel"
 CASES = (
     "gemm_w4a4, linear_w4a4, linear_w4a4_vs_comfy_kitchen, gemm_step, gemv_w4a16, rotate_quantize, "
     "rotate_quantize_triton, host_cost, weight_bits; by name only: survey, breakdown, rotations, peers"

@@ -12,6 +12,8 @@ from convrot_quant.generation import SettingsError
 LOG = logging.getLogger("convrot_demo")
 # errors whose message was written for a person: rule, value, remedy
 OURS = (CheckpointError, SettingsError, FileNotFoundError)
+# a GPU without memory for what is not torch's: handles and workspaces of libraries, kernels that are loaded
+GPU_IS_FULL = ("CUDA error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED")
 
 
 class UserError(ValueError):
@@ -20,9 +22,10 @@ class UserError(ValueError):
 
 def sentence(error: BaseException, size: tuple[int, int] | None = None) -> str:
     """An exception -> one sentence; `size` is the image's (width, height) where memory may be the matter."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in GPU_IS_FULL)
+    if on_gpu or isinstance(error, MemoryError) or "not enough memory" in str(error):
         smaller = "choose a smaller size" if size is None else f"choose a smaller size than {size[0]} x {size[1]}"
-        where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "machine"
+        where = "GPU" if on_gpu else "machine"
         return f"The {where} ran out of memory: {smaller}, or start the demo with --memory 4bit or --memory offload."
     if isinstance(error, (UserError, *OURS)):
         return _one_line(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class Worker:
         try:
             yield from _events(events, future)
             error = future.exception()
+            if error is not None:  # its frames hold tensors, which the next run needs the room of
+                traceback.clear_frames(error.__traceback__)
             yield future.result() if error is None else Failed(error)
         finally:
             stop.set()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 CALLS = 4  # spread evenly over the run, so that early and late steps count alike
 ROWS = 16  # per call, spread evenly over the tokens
+APART = 3  # calls, where there are as many: copying rows out waits for the GPU, and most steps are to keep their time
 
 
 class LayerProbe:
@@ -23,7 +24,7 @@ class LayerProbe:
         self.inputs: dict[str, list[Tensor]] = defaultdict(list)
         self.outputs: dict[str, list[Tensor]] = defaultdict(list)
         self._model, self._names = model, tuple(names)
-        self._stride = max(1, expected_calls // CALLS)
+        self._stride = max(1, min(max(APART, expected_calls // CALLS), expected_calls))
         self._seen: dict[str, int] = defaultdict(int)
         self._hooks: list[Any] = []
 

@@ -28,7 +28,14 @@ from convrot_quant import save_quantized
 LIMITS = ("16GB", "12GB", "8GB")
 PROMPTS = ("a red cube in front of a blue sphere", "a green cone", "a white cylinder")
 STEPS = 4
-WAYS = ("method", "resident", "swapped", "streamed", "vae_tiles")  # of what generate says of its offloading
+WAYS = (
+    "method",
+    "resident",
+    "swapped",
+    "streamed",
+    "vae_tiles",
+    "moving_seconds",
+)  # of what generate says of its offloading
 CHILD = "from convrot_quant.cli.app import main; main()"
 
 

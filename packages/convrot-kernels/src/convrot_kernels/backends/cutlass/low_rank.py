@@ -10,7 +10,7 @@ from convrot_kernels.backends import triton
 from convrot_kernels.backends.cutlass import library
 from convrot_kernels.backends.cutlass.products import DTYPES, ready
 from convrot_kernels.backends.cutlass.quantize import CAT_GELU, GELU, MODULATE, NONE, rows_of, vectors_of
-from convrot_kernels.backends.terms import MOST_TERMS, Term, launches
+from convrot_kernels.terms import MOST_TERMS, Term, launches
 
 _TYPES = (torch.bfloat16, torch.float16)
 _EIGHT = 8  # values of 16 bits that a lane loads at once
@@ -113,7 +113,10 @@ def low_rank_up(
     except RuntimeError:  # rows lie apart by more than one stride
         target = None
     if target is None or not _aligned(target, _EIGHT):
-        packed = out.contiguous() if target is None else out.clone()
+        if out.shape[-1] % _EIGHT:
+            otherwise(out, low, up, columns, alpha, gate)
+            return
+        packed = out.clone(memory_format=torch.contiguous_format)
         low_rank_up(packed, low, up, columns, alpha, gate)
         out.copy_(packed)
         return

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convrot_kernels.backends.terms import MOST_TERMS, launches
 from convrot_kernels.backends.triton.device_functions import operand, rounded
 from convrot_kernels.backends.triton.rotate_quantize_kernel import normed, values
 from convrot_kernels.backends.triton.rows import as_rows, per_batch
+from convrot_kernels.terms import MOST_TERMS, launches
 
 MOST_RANKS = 64  # of a tile: more are walked through
 PART_COLUMNS, ROW_COLUMNS = 4096, 16384  # of a program that has a part of a row; of one that needs all for its moments

@@ -2,9 +2,9 @@
 //
 // Both are bound by memory: x is read once, out once and written once. The products are m16n8k16 on tensor cores, whose
 // order of K is free: a lane's fragments are its eight (or four) values of a row as one load brought them, of both
-// operands alike. low_rank_down: a block has 16 rows and all ranks; its warps share K out among themselves and add up in
-// a fixed order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
-// arithmetic; LayerNorm reads its rows twice more before, which then lie in the cache. low_rank_up: a warp has 32 columns,
+// operands alike. low_rank_down: a block has 16 or 32 rows; its warps share K out among themselves and add up in a fixed
+// order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
+// arithmetic; LayerNorm reads its rows once before, which then lie in the cache. low_rank_up: a warp has 32 columns,
 // whose order is free as well: each lane writes eight neighbours. up stays in registers for 64 rows.
 #include "eight.cuh"
 
@@ -15,9 +15,8 @@ enum Prologue : int { kNone = 0, kGelu = 1, kModulate = 2, kCatGelu = 4 };  // t
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMostTerms = 4;
-constexpr int kRows = 16;      // of a block of low_rank_down
-constexpr int kBands = 4;      // of 16 rows, in a block of low_rank_up
-constexpr int kWide = 32;      // columns of a warp of low_rank_up
+constexpr int kHeld = 16;  // loads of a lane for one row whose moments are taken, where they are held: K up to 4096
+constexpr int kWide = 32;  // columns of a warp of low_rank_up
 constexpr float kTiny = 0x1p-80f;  // for squares that leave fp32; as reference.py does
 
 template <bool kHalf>
@@ -42,7 +41,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 
 // stays in the cache: read again soon, by this block or by others
 template <class X>
-__device__ __forceinline__ Eight<X> load_shared_eight(X const* at) {
+__device__ __forceinline__ Eight<X> load_kept(X const* at) {
   uint4 const v = __ldg(reinterpret_cast<uint4 const*>(at));
   return {{v.x, v.y}, {v.z, v.w}};
 }
@@ -70,32 +69,48 @@ struct Moments {
 
 template <class In, int kPrologue, int kTiles>
 struct DownBlock {
-  static constexpr int kParts = kTiles > 4 ? 1 : 2;  // what a warp reads at once: 32 columns each, as registers allow
-  static constexpr int kChunk = 32 * kParts;
+  // every block reads all of down: where that is more than x, two bands of 16 rows share it
+  static constexpr int kBands = kTiles > 2 ? 2 : 1, kRows = 16 * kBands;
+  static constexpr int kParts = kTiles > 2 ? 1 : 2, kChunk = 32 * kParts;  // columns that a warp reads at once
+  static constexpr bool kAhead = kPrologue != kModulate;  // whose rows have come already
+  using Values = Eight<In>[kParts][kBands][2];
   Down const& p;
   int const lane, warp, group, quad;
 
   __device__ int row_at(int of_block) const { return min(int(blockIdx.x) * kRows + of_block, p.rows - 1); }
   __device__ In const* x_of(int row) const { return static_cast<In const*>(p.x) + row * p.x_stride; }
 
+  // visit(value) of all of a row's that are this lane's
   template <class Visit>
   __device__ void each_of_row(In const* x, Visit visit) const {
 #pragma unroll 4
     for (int column = lane * kColumns; column < p.k; column += 32 * kColumns) {
       float v[kColumns];
-      unpack<In>(load_shared_eight(x + column), v);
+      unpack<In>(load_kept(x + column), v);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) visit(v[i]);
+    }
+  }
+  template <class Visit>
+  __device__ void each_held(Eight<In> const (&held)[kHeld], Visit visit) const {
+#pragma unroll
+    for (int load = 0; load < kHeld; ++load) {
+      if ((load * 32 + lane) * kColumns >= p.k) continue;
+      float v[kColumns];
+      unpack<In>(held[load], v);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) visit(v[i]);
     }
   }
   // all of a warp; in two passes, damped where squares leave fp32
-  __device__ Moments moments_of(In const* x) const {
+  template <class Each>
+  __device__ Moments moments(Each each) const {
     float damp = 1.f;
     while (true) {
       float sum = 0.f, squares = 0.f;
-      each_of_row(x, [&](float v) { sum += v * damp; });
+      each([&](float v) { sum += v * damp; });
       float const mean = warp_sum(sum) * p.inverse_k;
-      each_of_row(x, [&](float v) {
+      each([&](float v) {
         float const off = v * damp - mean;
         squares += off * off;
       });
@@ -106,6 +121,16 @@ struct DownBlock {
       }
       damp = kTiny;
     }
+  }
+  __device__ Moments moments_of(In const* x) const {
+    if (p.k > kHeld * 32 * kColumns) return moments([&](auto visit) { each_of_row(x, visit); });
+    Eight<In> held[kHeld];
+#pragma unroll
+    for (int load = 0; load < kHeld; ++load) {
+      int const column = (load * 32 + lane) * kColumns;
+      held[load] = column < p.k ? load_kept(x + column) : Eight<In>{};
+    }
+    return moments([&](auto visit) { each_held(held, visit); });
   }
 
   __device__ void modulate(Eight<In>& raw, Moments const& m, float const (&gain)[kColumns],
@@ -122,24 +147,22 @@ struct DownBlock {
     load_any(p.shift, p.shift_dtype, at, shift);
   }
 
-  // eight columns of rows `group` and `group + 8`, as the product reads them
-  __device__ void load(int column, Eight<In> (&raw)[2], Moments const* of_rows) const {
-    int const rows[2] = {row_at(group), row_at(group + 8)};
+  // eight columns of rows `first` and `first + 8`, as they lie in memory
+  __device__ void fetch(int column, int first, Eight<In> (&raw)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (column >= p.k) {
-        raw[i] = {};
-      } else if (kPrologue == kModulate) {
-        raw[i] = load_shared_eight(x_of(rows[i]) + column);
-      } else if (kPrologue == kCatGelu && column >= p.seam) {
-        raw[i] = load_eight(static_cast<In const*>(p.y) + rows[i] * p.y_stride + column - p.seam);
-      } else {
-        raw[i] = load_eight(x_of(rows[i]) + column);
-      }
+      int const row = row_at(first + i * 8);
+      if (column >= p.k) raw[i] = {};
+      else if (kPrologue == kModulate) raw[i] = load_kept(x_of(row) + column);
+      else if (kPrologue == kCatGelu && column >= p.seam)
+        raw[i] = load_eight(static_cast<In const*>(p.y) + row * p.y_stride + column - p.seam);
+      else raw[i] = load_eight(x_of(row) + column);
     }
-    if (column >= p.k) return;
+  }
+  // and as the product reads them
+  __device__ void prepare(int column, int first, Eight<In> (&raw)[2], Moments const* of_rows) const {
+    if (column >= p.k || (kPrologue == kCatGelu && column < p.seam)) return;
     if constexpr (kPrologue == kGelu || kPrologue == kCatGelu) {
-      if (kPrologue == kCatGelu && column < p.seam) return;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float v[kColumns];
@@ -151,11 +174,11 @@ struct DownBlock {
     }
     if constexpr (kPrologue == kModulate) {
       float gain[kColumns], shift[kColumns];
-      int64_t const first = vector_of(rows[0]), second = vector_of(rows[1]);
-      vectors(first + column, gain, shift);
-      modulate(raw[0], of_rows[group], gain, shift);
-      if (second != first) vectors(second + column, gain, shift);
-      modulate(raw[1], of_rows[group + 8], gain, shift);
+      int64_t const one = vector_of(row_at(first)), other = vector_of(row_at(first + 8));
+      vectors(one + column, gain, shift);
+      modulate(raw[0], of_rows[first], gain, shift);
+      if (other != one) vectors(other + column, gain, shift);
+      modulate(raw[1], of_rows[first + 8], gain, shift);
     }
   }
 
@@ -165,91 +188,112 @@ struct DownBlock {
     return rank < p.ranks ? static_cast<In const*>(matrix) + int64_t(rank - term * p.r) * p.k : nullptr;
   }
 
-  __device__ void accumulate(float (&sums)[kTiles][4], int first_rank, Moments const* of_rows) const {
+  __device__ void accumulate(float (&sums)[kBands][kTiles][4], int first_rank, Moments const* of_rows) const {
     In const* down[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) down[tile] = down_of(first_rank + tile * 8 + group);
+    Values x, next;
+    if (kAhead) fetch_chunk(warp * kChunk, x);
 #pragma unroll 1
     for (int chunk = warp * kChunk; chunk < p.k; chunk += kWarps * kChunk) {
-      Eight<In> x[kParts][2], d[kParts][kTiles];
+      Eight<In> d[kParts][kTiles];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         int const column = chunk + part * 32 + quad * kColumns;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
-          d[part][tile] = down[tile] && column < p.k ? load_shared_eight(down[tile] + column) : Eight<In>{};
-        load(column, x[part], of_rows);
+          d[part][tile] = down[tile] && column < p.k ? load_kept(down[tile] + column) : Eight<In>{};
       }
+      if (kAhead) fetch_chunk(chunk + kWarps * kChunk, next);  // while this one is worked on
+      else fetch_chunk(chunk, x);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        Eight<In> const &a = x[part][0], &b = x[part][1];
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          constexpr bool kHalf = std::is_same_v<In, __half>;
-          Eight<In> const& c = d[part][tile];
-          multiply_add<kHalf>(sums[tile], a.first.x, b.first.x, a.first.y, b.first.y, c.first.x, c.first.y);
-          multiply_add<kHalf>(sums[tile], a.second.x, b.second.x, a.second.y, b.second.y, c.second.x, c.second.y);
+        for (int band = 0; band < kBands; ++band) {
+          prepare(chunk + part * 32 + quad * kColumns, band * 16 + group, x[part][band], of_rows);
+          Eight<In> const &a = x[part][band][0], &b = x[part][band][1];
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            constexpr bool kHalf = std::is_same_v<In, __half>;
+            Eight<In> const& c = d[part][tile];
+            float(&to)[4] = sums[band][tile];
+            multiply_add<kHalf>(to, a.first.x, b.first.x, a.first.y, b.first.y, c.first.x, c.first.y);
+            multiply_add<kHalf>(to, a.second.x, b.second.x, a.second.y, b.second.y, c.second.x, c.second.y);
+          }
+          if (kAhead) x[part][band][0] = next[part][band][0], x[part][band][1] = next[part][band][1];
         }
       }
     }
   }
+  __device__ void fetch_chunk(int chunk, Values& x) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int band = 0; band < kBands; ++band)
+        fetch(chunk + part * 32 + quad * kColumns, band * 16 + group, x[part][band]);
+    }
+  }
 
-  __device__ void write(float const (&sums)[kTiles][4], int first_rank) const {
+  __device__ void write(float const (&sums)[kBands][kTiles][4], int first_rank) const {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int const row = int(blockIdx.x) * kRows + group + i / 2 * 8, rank = first_rank + tile * 8 + quad * 2 + i % 2;
-        if (row < p.rows && rank < p.ranks)
-          store_from_float(p.low, dtype_of<In>, int64_t(row) * p.ranks + rank, sums[tile][i]);
-      }
+    for (int i = 0; i < kBands * kTiles * 4; ++i) {
+      int const band = i / 4 / kTiles, tile = i / 4 % kTiles;
+      int const row = int(blockIdx.x) * kRows + band * 16 + group + i % 4 / 2 * 8;
+      int const rank = first_rank + tile * 8 + quad * 2 + i % 2;
+      if (row < p.rows && rank < p.ranks)
+        store_from_float(p.low, dtype_of<In>, int64_t(row) * p.ranks + rank, sums[band][tile][i % 4]);
     }
   }
 };
 
 template <class In, int kPrologue, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) low_rank_down(__grid_constant__ Down const p) {
-  __shared__ Moments of_rows[kRows];
-  __shared__ float shared[kWarps / 2][kTiles * 4][32];
+  using Block = DownBlock<In, kPrologue, kTiles>;
+  constexpr int kSums = Block::kBands * kTiles * 4;
+  __shared__ Moments of_rows[Block::kRows];
+  __shared__ float shared[kWarps / 2][kSums][32];
   int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first_rank = blockIdx.y * kTiles * 8;
-  DownBlock<In, kPrologue, kTiles> const block{p, lane, warp, lane >> 2, lane & 3};
+  Block const block{p, lane, warp, lane >> 2, lane & 3};
   if constexpr (kPrologue == kModulate) {
-    for (int row = warp; row < kRows; row += kWarps) {
+    for (int row = warp; row < Block::kRows; row += kWarps) {
       Moments const found = block.moments_of(block.x_of(block.row_at(row)));
       if (lane == 0) of_rows[row] = found;
     }
     __syncthreads();
   }
-  float sums[kTiles][4] = {};
+  float sums[Block::kBands][kTiles][4] = {};
   block.accumulate(sums, first_rank, of_rows);
+  float* const flat = &sums[0][0][0];
 #pragma unroll
   for (int half = kWarps / 2; half; half /= 2) {
     if (warp >= half && warp < 2 * half) {
 #pragma unroll
-      for (int i = 0; i < kTiles * 4; ++i) shared[warp - half][i][lane] = sums[i / 4][i % 4];
+      for (int i = 0; i < kSums; ++i) shared[warp - half][i][lane] = flat[i];
     }
     __syncthreads();
     if (warp < half) {
 #pragma unroll
-      for (int i = 0; i < kTiles * 4; ++i) sums[i / 4][i % 4] += shared[warp][i][lane];
+      for (int i = 0; i < kSums; ++i) flat[i] += shared[warp][i][lane];
     }
     __syncthreads();
   }
   if (warp == 0) block.write(sums, first_rank);
 }
 
+template <class In, int kPrologue, int kTiles>
+int launch_down(Down const& p, cudaStream_t stream) {
+  constexpr int kRows = DownBlock<In, kPrologue, kTiles>::kRows, kRanks = 8 * kTiles;
+  dim3 const grid((p.rows + kRows - 1) / kRows, (p.ranks + kRanks - 1) / kRanks);
+  low_rank_down<In, kPrologue, kTiles><<<grid, kThreads, 0, stream>>>(p);
+  return cuda_status(cudaGetLastError());
+}
+
+// 48 at once are q, k and v of rank 16; of 64 two blocks take 32 each
 template <class In, int kPrologue>
 int launch_down(Down const& p, cudaStream_t stream) {
-  int const tiles = (p.ranks + 7) / 8;
-  auto const run = [&](auto* kernel, int of_block) {
-    dim3 const grid((p.rows + kRows - 1) / kRows, (tiles + of_block - 1) / of_block);
-    kernel<<<grid, kThreads, 0, stream>>>(p);
-    return cuda_status(cudaGetLastError());
-  };
-  if (tiles <= 2) return run(low_rank_down<In, kPrologue, 2>, 2);
-  if (tiles <= 4) return run(low_rank_down<In, kPrologue, 4>, 4);
-  if (tiles <= 6) return run(low_rank_down<In, kPrologue, 6>, 6);
-  return run(low_rank_down<In, kPrologue, 8>, 8);
+  if (p.ranks <= 16) return launch_down<In, kPrologue, 2>(p, stream);
+  return p.ranks > 32 && p.ranks <= 48 ? launch_down<In, kPrologue, 6>(p, stream)
+                                       : launch_down<In, kPrologue, 4>(p, stream);
 }
 
 template <class In>
@@ -295,8 +339,13 @@ __device__ __forceinline__ Four<In> load_rank_four(In const* at, bool inside) {
   return inside ? __ldg(reinterpret_cast<uint2 const*>(at)) : uint2{};
 }
 
+// of 16 rows, in a block: few, so that more blocks are under way, and while one waits for out another writes
+template <int kSteps>
+constexpr int bands = kSteps == 1 ? 2 : 4;
+
 template <class In, int kSteps>
-__global__ void __launch_bounds__(kThreads, 2) low_rank_up(__grid_constant__ Up const p) {
+__global__ void __launch_bounds__(kThreads, kSteps == 1 ? 4 : 2) low_rank_up(__grid_constant__ Up const p) {
+  constexpr int kBands = bands<kSteps>;
   int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
   Term term = p.terms[0];
   int index = 0;
@@ -368,12 +417,12 @@ __global__ void __launch_bounds__(kThreads, 2) low_rank_up(__grid_constant__ Up 
 
 template <class In>
 int launch_up(Up const& p, int tiles, cudaStream_t stream) {
-  auto const run = [&](auto* kernel) {
-    dim3 const grid((p.rows + kBands * 16 - 1) / (kBands * 16), tiles);
-    kernel<<<grid, kThreads, 0, stream>>>(p);
+  auto const run = [&](auto* kernel, int rows) {
+    kernel<<<dim3((p.rows + rows - 1) / rows, tiles), kThreads, 0, stream>>>(p);
     return cuda_status(cudaGetLastError());
   };
-  return p.r <= 16 ? run(low_rank_up<In, 1>) : p.r <= 32 ? run(low_rank_up<In, 2>) : run(low_rank_up<In, 4>);
+  if (p.r <= 16) return run(low_rank_up<In, 1>, 16 * bands<1>);
+  return p.r <= 32 ? run(low_rank_up<In, 2>, 16 * bands<2>) : run(low_rank_up<In, 4>, 16 * bands<4>);
 }
 
 }  // namespace

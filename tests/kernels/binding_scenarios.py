@@ -109,7 +109,7 @@ CASES: dict[str, Callable[[], Call]] = {
     ),
 }  # fmt: skip
 OUTPUTS = {"convrot_gemv": (12,), "sm90": (10,), "convrot_rotate_quantize": (12, 13)}
-OUTPUTS |= {"convrot_low_rank_down": (18, 19), "convrot_low_rank_up": (0,)}
+OUTPUTS |= {"convrot_low_rank_down": (18,), "convrot_low_rank_up": (0,)}
 OUTPUTS["convrot_norm_rope"] = (14, 15, 16)  # which arguments are results; v may be none
 
 

@@ -51,7 +51,7 @@ void fill(int dtype, void* out, int64_t stride, int rows, int columns) {
 BODIES = {
     "convrot_norm_rope": "void* out[] = {a14, a15, a16}; int c = a20 * a21; "
     "for (int i = 0; i < 3; ++i) if (out[i]) fill(a6, out[i], c, (a18 + a19) * a17, c);",
-    "convrot_low_rank_down": "int c = a16 * a17; fill(a23, a18, c, a20, c);",
+    "convrot_low_rank_down": "int c = a16 * a17; fill(a22, a18, c, a19, c);",
     "convrot_low_rank_up": "char* to = (char*)a0; int n[] = {a8, a9, a10, a11}, c[] = {a12, a13, a14, a15}; "
     "for (int i = 0; i < a20; ++i) fill(a27, to + 2 * c[i], a1, a26, n[i]);",
     "convrot_gemv": "fill(a13, a12, a14, a15, a16);",

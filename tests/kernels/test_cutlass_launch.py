@@ -194,11 +194,10 @@ def test_a_term_reads_what_a_quantizer_does_in_one_launch(recorder: _Recorder) -
     assert name == "convrot_low_rank_down"
     assert modulated[:11] == (x.data_ptr(), 512, None, 0, 512, scale.data_ptr(), 2, shift.data_ptr(), 2, 3072, 5)
     assert modulated[12:18] == (down[0].data_ptr(), down[1].data_ptr(), None, None, 2, 16)
-    assert modulated[18] == low.data_ptr()
-    assert modulated[20:24] == (10, 512, 2, 2)
+    assert modulated[18:23] == (low.data_ptr(), 10, 512, 2, 2)
     assert both[:5] == (x.data_ptr(), 512, y.data_ptr() + 1024, 1024, 256)
     assert both[16:18] == (1, 7)
-    assert both[19:23] == (None, 10, 768, 4)
+    assert both[19:22] == (10, 768, 4)
 
 
 def test_terms_that_are_not_alike_are_read_as_one(recorder: _Recorder) -> None:

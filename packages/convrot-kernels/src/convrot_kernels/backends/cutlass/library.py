@@ -28,7 +28,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     ),
     "convrot_low_rank_down": (
         *(c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int, c_void_p, c_int, c_int64, c_int, c_float),
-        *(*(c_void_p,) * 4, c_int, c_int, c_void_p, c_void_p, *(c_int,) * 4, c_void_p),
+        *(*(c_void_p,) * 4, c_int, c_int, c_void_p, *(c_int,) * 4, c_void_p),
     ),
     "convrot_low_rank_up": (
         *(c_void_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 4, *(c_int,) * 8, *(c_float,) * 4),

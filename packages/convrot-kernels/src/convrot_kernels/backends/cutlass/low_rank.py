@@ -57,7 +57,6 @@ def low_rank_down(
         gain, offset = (None, None) if scale is None or shift is None else vectors_of(scale, shift, _EIGHT)
         samples = 1 if gain is None else gain.shape[0]
         matrices = _joined([term for term in down if term.shape[0]], x.dtype)
-        moments = None if gain is None else x.new_empty(rows.shape[0], 2, dtype=torch.float32)
         prologue = GELU if gelu else CAT_GELU if y is not None else NONE if gain is None else MODULATE
         ours.call(
             "convrot_low_rank_down",
@@ -69,8 +68,7 @@ def low_rank_down(
             *(0 if gain is None or samples == 1 else gain.stride(0), rows.shape[0] // samples, eps),
             *(matrix.data_ptr() for matrix in matrices),
             *(None,) * (MOST_TERMS - len(matrices)),
-            *(len(matrices), matrices[0].shape[0], low.data_ptr(), None if moments is None else moments.data_ptr()),
-            *(rows.shape[0], k, prologue, DTYPES[x.dtype]),
+            *(len(matrices), matrices[0].shape[0], low.data_ptr(), rows.shape[0], k, prologue, DTYPES[x.dtype]),
             torch.cuda.current_stream().cuda_stream,
         )
     return low

@@ -58,8 +58,8 @@ using Attended = int (*)(void const* text, int64_t text_stride_b, int64_t text_s
 using Downward = int (*)(void const* x, int64_t x_stride, void const* y, int64_t y_stride, int seam, void const* scale,
                          int scale_dtype, void const* shift, int shift_dtype, int64_t vector_stride,
                          int rows_per_vector, float eps, void const* down0, void const* down1, void const* down2,
-                         void const* down3, int terms, int r, void* low, void* moments, int rows, int k, int prologue,
-                         int dtype, void* stream);
+                         void const* down3, int terms, int r, void* low, int rows, int k, int prologue, int dtype,
+                         void* stream);
 using Upward = int (*)(void* out, int64_t out_stride, void const* low, int64_t low_stride, void const* up0,
                        void const* up1, void const* up2, void const* up3, int n0, int n1, int n2, int n3, int column0,
                        int column1, int column2, int column3, float alpha0, float alpha1, float alpha2, float alpha3,
@@ -643,19 +643,16 @@ struct LowRankDown {
   }
 
   bool launch(Kernel const& kernel, StableIValue* stack) {
-    Result low, moments;
+    Result low;
     OnDevice const on(x.device);
     Tensor const* const d = down.matrix;
-    bool const modulated = prologue == kModulate;
     bool const done =
         kernel.kind == kLowRankDown && on.ready && low.allocate(x, down.count * down.r, x.dtype) &&
-        (!modulated || moments.allocate(x, 2, kFloat32)) &&
         reinterpret_cast<Downward>(kernel.function)(
-            x.data, rows.stride, y.data, more.stride, int(seam), scale.data, modulated ? scale.dtype : 0, shift.data,
-            modulated ? shift.dtype : 0, gain.stride, int(rows.count / gain.samples), float(eps), d[0].data, d[1].data,
-            d[2].data, d[3].data, int(down.count), int(down.r), low.data, moments.data, int(rows.count), int(k),
+            x.data, rows.stride, y.data, more.stride, int(seam), scale.data, scale.there() ? scale.dtype : 0,
+            shift.data, shift.there() ? shift.dtype : 0, gain.stride, int(rows.count / gain.samples), float(eps),
+            d[0].data, d[1].data, d[2].data, d[3].data, int(down.count), int(down.r), low.data, int(rows.count), int(k),
             prologue, x.dtype, on.stream) == 0;
-    moments.drop();  // whoever gets this memory next works in the same stream
     if (!done) return low.drop(), false;
     release(stack, letters);
     stack[0] = boxed(low.handle);

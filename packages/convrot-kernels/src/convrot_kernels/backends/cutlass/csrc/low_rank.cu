@@ -2,10 +2,10 @@
 //
 // Both are bound by memory: x is read once, out once and written once. The products are m16n8k16 on tensor cores, whose
 // order of K is free: a lane's fragments are its eight (or four) values of a row as one load brought them, of both
-// operands alike. low_rank_down: a block has 16 or 32 rows; its warps share K out among themselves and add up in a
-// fixed order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
-// arithmetic, while the next values are on their way. low_rank_up: a warp has 32 columns, whose order is free as well:
-// each lane writes eight neighbours; up stays in registers.
+// operands alike. low_rank_down: a block has 16 or 32 rows; its warps share K out among themselves and add up in a fixed
+// order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
+// arithmetic; LayerNorm reads its rows once before, which then lie in the cache. low_rank_up: a warp has 32 columns,
+// whose order is free as well: each lane writes eight neighbours. up stays in registers for 64 rows.
 #include "eight.cuh"
 
 namespace convrot {
@@ -15,8 +15,7 @@ enum Prologue : int { kNone = 0, kGelu = 1, kModulate = 2, kCatGelu = 4 };  // t
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMostTerms = 4;
-constexpr int kHeld = 16;  // loads of a lane for a row's moments, where they are held between the passes: K up to 4096
-constexpr int kMomentRows = 4;
+constexpr int kHeld = 16;  // loads of a lane for one row whose moments are taken, where they are held: K up to 4096
 constexpr int kWide = 32;  // columns of a warp of low_rank_up
 constexpr float kTiny = 0x1p-80f;  // for squares that leave fp32; as reference.py does
 
@@ -60,25 +59,30 @@ struct Down {
   void const* down[kMostTerms];  // each (r, k)
   int ranks, r;                  // of all terms, of each
   void* low;                     // (rows, ranks)
-  void* moments;                 // of each row: what LayerNorm takes first
   int rows, k;
 };
 
-// LayerNorm: x -> x * scale + offset. A kernel of its own, a warp a row: within the product each row's sums would be
-// waited for, and x, which it leaves in the L2 cache, is read twice either way.
+// LayerNorm: x -> x * scale + offset
 struct Moments {
   float scale, offset;
 };
 
-template <class In>
-struct MomentsOfRow {
+template <class In, int kPrologue, int kTiles>
+struct DownBlock {
+  // every block reads all of down: where that is more than x, two bands of 16 rows share it
+  static constexpr int kBands = kTiles > 2 ? 2 : 1, kRows = 16 * kBands;
+  static constexpr int kParts = kTiles > 2 ? 1 : 2, kChunk = 32 * kParts;  // columns that a warp reads at once
+  static constexpr bool kAhead = kPrologue != kModulate;  // whose rows have come already
+  using Values = Eight<In>[kParts][kBands][2];
   Down const& p;
-  In const* x;
-  int const lane;
+  int const lane, warp, group, quad;
 
-  // visit(value) of all that are this lane's
+  __device__ int row_at(int of_block) const { return min(int(blockIdx.x) * kRows + of_block, p.rows - 1); }
+  __device__ In const* x_of(int row) const { return static_cast<In const*>(p.x) + row * p.x_stride; }
+
+  // visit(value) of all of a row's that are this lane's
   template <class Visit>
-  __device__ void each_read(Visit visit) const {
+  __device__ void each_of_row(In const* x, Visit visit) const {
 #pragma unroll 4
     for (int column = lane * kColumns; column < p.k; column += 32 * kColumns) {
       float v[kColumns];
@@ -98,9 +102,9 @@ struct MomentsOfRow {
       for (int i = 0; i < kColumns; ++i) visit(v[i]);
     }
   }
-  // in two passes, damped where squares leave fp32
+  // all of a warp; in two passes, damped where squares leave fp32
   template <class Each>
-  __device__ Moments measure(Each each) const {
+  __device__ Moments moments(Each each) const {
     float damp = 1.f;
     while (true) {
       float sum = 0.f, squares = 0.f;
@@ -118,45 +122,29 @@ struct MomentsOfRow {
       damp = kTiny;
     }
   }
-  __device__ Moments measure() const {
-    if (p.k > kHeld * 32 * kColumns) return measure([&](auto visit) { each_read(visit); });
+  __device__ Moments moments_of(In const* x) const {
+    if (p.k > kHeld * 32 * kColumns) return moments([&](auto visit) { each_of_row(x, visit); });
     Eight<In> held[kHeld];
 #pragma unroll
     for (int load = 0; load < kHeld; ++load) {
       int const column = (load * 32 + lane) * kColumns;
       held[load] = column < p.k ? load_kept(x + column) : Eight<In>{};
     }
-    return measure([&](auto visit) { each_held(held, visit); });
+    return moments([&](auto visit) { each_held(held, visit); });
   }
-};
 
-template <class In>
-__global__ void __launch_bounds__(kMomentRows * 32) low_rank_moments(__grid_constant__ Down const p) {
-  int const lane = threadIdx.x & 31, row = blockIdx.x * kMomentRows + (threadIdx.x >> 5);
-  if (row >= p.rows) return;
-  Moments const found = MomentsOfRow<In>{p, static_cast<In const*>(p.x) + row * p.x_stride, lane}.measure();
-  if (lane == 0) static_cast<Moments*>(p.moments)[row] = found;
-}
-
-template <class In, int kPrologue, int kTiles>
-struct DownBlock {
-  // every block reads all of down: where that is more than x, two bands of 16 rows share it
-  static constexpr int kBands = kTiles > 2 ? 2 : 1, kRows = 16 * kBands;
-  static constexpr int kParts = kTiles > 2 ? 1 : 2, kChunk = 32 * kParts;  // columns that a warp reads at once
-  using Values = Eight<In>[kParts][kBands][2];
-  Down const& p;
-  int const lane, warp, group, quad;
-
-  __device__ int row_at(int of_block) const { return min(int(blockIdx.x) * kRows + of_block, p.rows - 1); }
-  __device__ In const* x_of(int row) const { return static_cast<In const*>(p.x) + row * p.x_stride; }
-
-  __device__ Four<In> modulated(Four<In> raw, Moments const& m, float4 gain, float4 shift) const {
-    float4 const v = each(widen<In>(raw), [&](float e) { return fmaf(e, m.scale, m.offset); });
-    return narrow<In>(make_float4(fmaf(v.x, 1.f + gain.x, shift.x), fmaf(v.y, 1.f + gain.y, shift.y),
-                                  fmaf(v.z, 1.f + gain.z, shift.z), fmaf(v.w, 1.f + gain.w, shift.w)));
+  __device__ void modulate(Eight<In>& raw, Moments const& m, float const (&gain)[kColumns],
+                           float const (&shift)[kColumns]) const {
+    float v[kColumns];
+    unpack<In>(raw, v);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) v[i] = fmaf(fmaf(v[i], m.scale, m.offset), 1.f + gain[i], shift[i]);
+    raw = pack<In>(v);
   }
-  __device__ int64_t vector_of(int row) const {
-    return p.vector_stride ? row / p.rows_per_vector * p.vector_stride : 0;
+  __device__ int64_t vector_of(int row) const { return p.vector_stride ? row / p.rows_per_vector * p.vector_stride : 0; }
+  __device__ void vectors(int64_t at, float (&gain)[kColumns], float (&shift)[kColumns]) const {
+    load_any(p.scale, p.scale_dtype, at, gain);
+    load_any(p.shift, p.shift_dtype, at, shift);
   }
 
   // eight columns of rows `first` and `first + 8`, as they lie in memory
@@ -172,7 +160,7 @@ struct DownBlock {
     }
   }
   // and as the product reads them
-  __device__ void prepare(int column, int first, Eight<In> (&raw)[2], Moments const (&of_rows)[2]) const {
+  __device__ void prepare(int column, int first, Eight<In> (&raw)[2], Moments const* of_rows) const {
     if (column >= p.k || (kPrologue == kCatGelu && column < p.seam)) return;
     if constexpr (kPrologue == kGelu || kPrologue == kCatGelu) {
 #pragma unroll
@@ -185,19 +173,12 @@ struct DownBlock {
       }
     }
     if constexpr (kPrologue == kModulate) {
-      int64_t const one = vector_of(row_at(first)) + column, other = vector_of(row_at(first + 8)) + column;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Four<In>&a = half ? raw[0].second : raw[0].first, &b = half ? raw[1].second : raw[1].first;
-        float4 gain = vector_four(p.scale, p.scale_dtype, one + half * 4);
-        float4 shift = vector_four(p.shift, p.shift_dtype, one + half * 4);
-        a = modulated(a, of_rows[0], gain, shift);
-        if (other != one) {
-          gain = vector_four(p.scale, p.scale_dtype, other + half * 4);
-          shift = vector_four(p.shift, p.shift_dtype, other + half * 4);
-        }
-        b = modulated(b, of_rows[1], gain, shift);
-      }
+      float gain[kColumns], shift[kColumns];
+      int64_t const one = vector_of(row_at(first)), other = vector_of(row_at(first + 8));
+      vectors(one + column, gain, shift);
+      modulate(raw[0], of_rows[first], gain, shift);
+      if (other != one) vectors(other + column, gain, shift);
+      modulate(raw[1], of_rows[first + 8], gain, shift);
     }
   }
 
@@ -207,18 +188,12 @@ struct DownBlock {
     return rank < p.ranks ? static_cast<In const*>(matrix) + int64_t(rank - term * p.r) * p.k : nullptr;
   }
 
-  __device__ void accumulate(float (&sums)[kBands][kTiles][4], int first_rank) const {
-    Moments of_rows[kBands][2] = {};
-    if constexpr (kPrologue == kModulate) {
-#pragma unroll
-      for (int i = 0; i < 2 * kBands; ++i)
-        of_rows[i / 2][i % 2] = static_cast<Moments const*>(p.moments)[row_at(i * 8 + group)];
-    }
+  __device__ void accumulate(float (&sums)[kBands][kTiles][4], int first_rank, Moments const* of_rows) const {
     In const* down[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) down[tile] = down_of(first_rank + tile * 8 + group);
     Values x, next;
-    fetch_chunk(warp * kChunk, x);
+    if (kAhead) fetch_chunk(warp * kChunk, x);
 #pragma unroll 1
     for (int chunk = warp * kChunk; chunk < p.k; chunk += kWarps * kChunk) {
       Eight<In> d[kParts][kTiles];
@@ -229,12 +204,13 @@ struct DownBlock {
         for (int tile = 0; tile < kTiles; ++tile)
           d[part][tile] = down[tile] && column < p.k ? load_kept(down[tile] + column) : Eight<In>{};
       }
-      fetch_chunk(chunk + kWarps * kChunk, next);  // while this one is worked on
+      if (kAhead) fetch_chunk(chunk + kWarps * kChunk, next);  // while this one is worked on
+      else fetch_chunk(chunk, x);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int band = 0; band < kBands; ++band) {
-          prepare(chunk + part * 32 + quad * kColumns, band * 16 + group, x[part][band], of_rows[band]);
+          prepare(chunk + part * 32 + quad * kColumns, band * 16 + group, x[part][band], of_rows);
           Eight<In> const &a = x[part][band][0], &b = x[part][band][1];
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
@@ -244,7 +220,7 @@ struct DownBlock {
             multiply_add<kHalf>(to, a.first.x, b.first.x, a.first.y, b.first.y, c.first.x, c.first.y);
             multiply_add<kHalf>(to, a.second.x, b.second.x, a.second.y, b.second.y, c.second.x, c.second.y);
           }
-          x[part][band][0] = next[part][band][0], x[part][band][1] = next[part][band][1];
+          if (kAhead) x[part][band][0] = next[part][band][0], x[part][band][1] = next[part][band][1];
         }
       }
     }
@@ -270,16 +246,23 @@ struct DownBlock {
   }
 };
 
-// three blocks an SM where 80 registers are enough: the 288 of FLUX's 4608 rows at once
 template <class In, int kPrologue, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 2 ? 3 : 2) low_rank_down(__grid_constant__ Down const p) {
+__global__ void __launch_bounds__(kThreads, 2) low_rank_down(__grid_constant__ Down const p) {
   using Block = DownBlock<In, kPrologue, kTiles>;
   constexpr int kSums = Block::kBands * kTiles * 4;
+  __shared__ Moments of_rows[Block::kRows];
   __shared__ float shared[kWarps / 2][kSums][32];
   int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first_rank = blockIdx.y * kTiles * 8;
   Block const block{p, lane, warp, lane >> 2, lane & 3};
+  if constexpr (kPrologue == kModulate) {
+    for (int row = warp; row < Block::kRows; row += kWarps) {
+      Moments const found = block.moments_of(block.x_of(block.row_at(row)));
+      if (lane == 0) of_rows[row] = found;
+    }
+    __syncthreads();
+  }
   float sums[Block::kBands][kTiles][4] = {};
-  block.accumulate(sums, first_rank);
+  block.accumulate(sums, first_rank, of_rows);
   float* const flat = &sums[0][0][0];
 #pragma unroll
   for (int half = kWarps / 2; half; half /= 2) {
@@ -308,8 +291,6 @@ int launch_down(Down const& p, cudaStream_t stream) {
 // 48 at once are q, k and v of rank 16; of 64 two blocks take 32 each
 template <class In, int kPrologue>
 int launch_down(Down const& p, cudaStream_t stream) {
-  if (kPrologue == kModulate)
-    low_rank_moments<In><<<(p.rows + kMomentRows - 1) / kMomentRows, kMomentRows * 32, 0, stream>>>(p);
   if (p.ranks <= 16) return launch_down<In, kPrologue, 2>(p, stream);
   return p.ranks > 32 && p.ranks <= 48 ? launch_down<In, kPrologue, 6>(p, stream)
                                        : launch_down<In, kPrologue, 4>(p, stream);
@@ -407,9 +388,9 @@ __global__ void __launch_bounds__(kThreads, kSteps == 1 ? 4 : 2) low_rank_up(__g
     float sums[4][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      int const rank = step * 16 + quad * 4;
-      Four<In> const a = load_rank_four(low + row * p.low_stride + rank, rank < p.r && row < p.rows);
-      Four<In> const b = load_rank_four(low + (row + 8) * p.low_stride + rank, rank < p.r && row + 8 < p.rows);
+      bool const some = step * 16 + quad * 4 < p.r;
+      Four<In> const a = load_rank_four(low + row * p.low_stride + step * 16 + quad * 4, some && row < p.rows);
+      Four<In> const b = load_rank_four(low + (row + 8) * p.low_stride + step * 16 + quad * 4, some && row + 8 < p.rows);
 #pragma unroll
       for (int tile = 0; tile < 4; ++tile)
         multiply_add<std::is_same_v<In, __half>>(sums[tile], a.x, b.x, a.y, b.y, up[tile][step].x, up[tile][step].y);
@@ -448,14 +429,12 @@ int launch_up(Up const& p, int tiles, cudaStream_t stream) {
 }  // namespace convrot
 
 // x, y and down of one 16-bit dtype; strides in elements; rows of x and y, down (r, k) and the vectors 16-byte aligned;
-// k and seam multiples of 8; scale, shift and moments, scratch of 8 bytes a row, null unless prologue is modulate;
-// low (rows, terms * r)
+// k and seam multiples of 8; scale and shift null unless prologue is modulate; low (rows, terms * r)
 CONVROT_EXPORT int convrot_low_rank_down(void const* x, int64_t x_stride, void const* y, int64_t y_stride, int seam,
                                          void const* scale, int scale_dtype, void const* shift, int shift_dtype,
                                          int64_t vector_stride, int rows_per_vector, float eps, void const* down0,
                                          void const* down1, void const* down2, void const* down3, int terms, int r,
-                                         void* low, void* moments, int rows, int k, int prologue, int dtype,
-                                         void* stream) {
+                                         void* low, int rows, int k, int prologue, int dtype, void* stream) {
   using namespace convrot;
   if (rows < 1 || k < 8 || k % 8 || seam % 8 || terms < 1 || terms > kMostTerms || r < 1 || rows_per_vector < 1)
     return kUnknownShape;
@@ -476,7 +455,6 @@ CONVROT_EXPORT int convrot_low_rank_down(void const* x, int64_t x_stride, void c
                terms * r,
                r,
                low,
-               moments,
                rows,
                k};
   auto const at = static_cast<cudaStream_t>(stream);

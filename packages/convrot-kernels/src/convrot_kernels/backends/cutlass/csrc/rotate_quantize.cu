@@ -209,6 +209,15 @@ struct Row {
     });
   }
 
+  __device__ float4 vector_four(void const* vector, int dtype, int64_t at) const {
+    if (dtype == kBFloat16)
+      return widen<__nv_bfloat16>(
+          __ldg(reinterpret_cast<uint2 const*>(static_cast<__nv_bfloat16 const*>(vector) + at)));
+    if (dtype == kFloat16)
+      return widen<__half>(__ldg(reinterpret_cast<uint2 const*>(static_cast<__half const*>(vector) + at)));
+    return __ldg(reinterpret_cast<float4 const*>(static_cast<float const*>(vector) + at));
+  }
+
   __device__ void prologue(int run, Values& raw, Moments const& m) const {
     if constexpr (kPrologue == kGelu || kPrologue == kCatGelu) {
       each_piece(run, [&](int panel, int half, int at) {

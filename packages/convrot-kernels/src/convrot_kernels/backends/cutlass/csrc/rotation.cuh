@@ -48,16 +48,6 @@ __device__ __forceinline__ float4 widen(Four<In> v) {
   }
 }
 
-// four of a vector of any dtype, which many rows read
-__device__ __forceinline__ float4 vector_four(void const* vector, int dtype, int64_t at) {
-  if (dtype == kBFloat16)
-    return widen<__nv_bfloat16>(
-        __ldg(reinterpret_cast<uint2 const*>(static_cast<__nv_bfloat16 const*>(vector) + at)));
-  if (dtype == kFloat16)
-    return widen<__half>(__ldg(reinterpret_cast<uint2 const*>(static_cast<__half const*>(vector) + at)));
-  return __ldg(reinterpret_cast<float4 const*>(static_cast<float const*>(vector) + at));
-}
-
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

@@ -2,10 +2,16 @@
 //
 // Both are bound by memory: x is read once, out once and written once. The products are m16n8k16 on tensor cores, whose
 // order of K is free: a lane's fragments are its eight (or four) values of a row as one load brought them, of both
-// operands alike. low_rank_down: a block has 16 or 32 rows; its warps share K out among themselves and add up in a fixed
-// order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
-// arithmetic; LayerNorm reads its rows once before, which then lie in the cache. low_rank_up: a warp has 32 columns,
-// whose order is free as well: each lane writes eight neighbours. up stays in registers for 64 rows.
+// operands alike. low_rank_down: a block has 16 or 32 rows; its warps share K out among themselves and add up in a
+// fixed order. What a quantizer's prologue does to x happens between the load and the product, in registers, with its
+// arithmetic, while the next values are on their way; LayerNorm reads its rows once before. low_rank_up: a warp has 32
+// columns, whose order is free as well: each lane writes eight neighbours; up stays in registers.
+//
+// H200, bf16, 4608 rows, 16 ranks: K = 3072 11 us (a copy of x 15), with GELU of K = 12288 62, of [x | gelu(y)] 74 (what
+// quantizes that takes as long), with LayerNorm + modulate 31, which waits for gain and shift at every chunk; up to
+// 21504 columns 116, as Triton's. 64 ranks take 28 us, Triton's kernel 21. Lost: LayerNorm's moments in a launch of their
+// own (32 to 50 us for 16 to 48 ranks, not 31 to 43), a block of 16 rows for 48 ranks (26 us, not 19; but 512 rows with
+// modulate 16, not 30), 64 rows of low_rank_up a block (128 us).
 #include "eight.cuh"
 
 namespace convrot {
@@ -141,7 +147,9 @@ struct DownBlock {
     for (int i = 0; i < kColumns; ++i) v[i] = fmaf(fmaf(v[i], m.scale, m.offset), 1.f + gain[i], shift[i]);
     raw = pack<In>(v);
   }
-  __device__ int64_t vector_of(int row) const { return p.vector_stride ? row / p.rows_per_vector * p.vector_stride : 0; }
+  __device__ int64_t vector_of(int row) const {
+    return p.vector_stride ? row / p.rows_per_vector * p.vector_stride : 0;
+  }
   __device__ void vectors(int64_t at, float (&gain)[kColumns], float (&shift)[kColumns]) const {
     load_any(p.scale, p.scale_dtype, at, gain);
     load_any(p.shift, p.shift_dtype, at, shift);
@@ -246,8 +254,13 @@ struct DownBlock {
   }
 };
 
+// an SM has three where 80 registers are enough: the 288 of 4608 rows at once
+template <int kPrologue, int kTiles>
+constexpr int down_blocks = kTiles == 2 && kPrologue != kModulate ? 3 : 2;
+
 template <class In, int kPrologue, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2) low_rank_down(__grid_constant__ Down const p) {
+__global__ void __launch_bounds__(kThreads, down_blocks<kPrologue, kTiles>)
+    low_rank_down(__grid_constant__ Down const p) {
   using Block = DownBlock<In, kPrologue, kTiles>;
   constexpr int kSums = Block::kBands * kTiles * 4;
   __shared__ Moments of_rows[Block::kRows];
@@ -388,9 +401,9 @@ __global__ void __launch_bounds__(kThreads, kSteps == 1 ? 4 : 2) low_rank_up(__g
     float sums[4][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      bool const some = step * 16 + quad * 4 < p.r;
-      Four<In> const a = load_rank_four(low + row * p.low_stride + step * 16 + quad * 4, some && row < p.rows);
-      Four<In> const b = load_rank_four(low + (row + 8) * p.low_stride + step * 16 + quad * 4, some && row + 8 < p.rows);
+      int const rank = step * 16 + quad * 4;
+      Four<In> const a = load_rank_four(low + row * p.low_stride + rank, rank < p.r && row < p.rows);
+      Four<In> const b = load_rank_four(low + (row + 8) * p.low_stride + rank, rank < p.r && row + 8 < p.rows);
 #pragma unroll
       for (int tile = 0; tile < 4; ++tile)
         multiply_add<std::is_same_v<In, __half>>(sums[tile], a.x, b.x, a.y, b.y, up[tile][step].x, up[tile][step].y);

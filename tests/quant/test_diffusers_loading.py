@@ -376,19 +376,24 @@ def test_a_damaged_folder_is_refused(
         load_plain(tmp_path)
 
 
-def test_sizes_for_device_maps_and_allocation_are_those_of_the_quantized_model(folder: Path) -> None:
+@pytest.mark.parametrize("preset", ["paper-mixed", "ours-r16"])
+def test_sizes_for_device_maps_and_allocation_are_those_of_the_quantized_model(folder: Path, preset: str) -> None:
     from accelerate.utils import compute_module_sizes
 
     with torch.device("meta"):
         plain = load_plain(folder)
         model = type(plain).from_config(plain.config).to(torch.bfloat16)
-    quantizer = ConvRotQuantizer(ConvRotConfig("paper-mixed"), pre_quantized=False)
+    quantizer = ConvRotQuantizer(ConvRotConfig(preset), pre_quantized=False)
     quantizer.preprocess_model(model, keep_in_fp32_modules=[])
     assert quantizer.plan is not None
     special = quantizer.get_special_dtypes_update(model, torch.bfloat16)
     size = compute_module_sizes(model, dtype=torch.bfloat16, special_dtypes=special)[""]
-    scales = sum(4 * layer.out_features for layer in quantizer.plan.layers if layer.scheme)
-    assert size == quantizer.plan.bytes_after - scales
+    after = quantizer.plan.bytes_after
+    assert size == after - sum(layer.scale_bytes + layer.branch_bytes for layer in quantizer.plan.layers)
+    # what fits the memory that is left for it fits the device with scales and branches
+    room = quantizer.adjust_max_memory({0: after, 1: "2GiB"})
+    assert 0.99 * size < room[0] <= size
+    assert 0 < room[1] < 2**31
     elements = sum(parameter.numel() for parameter in model.parameters())
     warm_up = 2 * (elements // quantizer.get_cuda_warm_up_factor())
     assert 0.5 * quantizer.plan.bytes_after < warm_up <= quantizer.plan.bytes_after

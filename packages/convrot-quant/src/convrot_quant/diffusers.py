@@ -98,6 +98,16 @@ class ConvRotQuantizer(DiffusersQuantizer):
         sizes = {4: CustomDtype.INT4, 8: torch.int8}
         return {f"{name}.weight": sizes[scheme.weight_bits] for name, scheme in self.plan.items()}
 
+    def adjust_max_memory(self, max_memory: dict[Any, int | str]) -> dict[Any, int | str]:
+        """The memory that a device map shares out, less what it cannot see of a model that is yet to be quantized."""
+        from accelerate.utils.modeling import convert_file_size_to_int
+
+        if self.plan is None or self.pre_quantized:
+            return max_memory
+        whole = self.plan.bytes_after
+        unseen = sum(layer.scale_bytes + layer.branch_bytes for layer in self.plan.layers)
+        return {k: convert_file_size_to_int(size) * (whole - unseen) // whole for k, size in max_memory.items()}
+
     def get_cuda_warm_up_factor(self) -> int:
         """The loader allocates (elements of the model // this) values of 16 bits: no more than the quantized model."""
         return 2 if self.pre_quantized or self.plan is None else -(-self.plan.bytes_before // self.plan.bytes_after)

@@ -54,9 +54,19 @@ class LayerPlan:
         """Codes, fp32 scales, low-rank branch and bias; the same as before where the layer stays in 16 bits."""
         if self.scheme is None:
             return self.bytes_before
-        codes = self.out_features * (self.in_features * self.scheme.weight_bits // 8 + 4)
-        branch = self.scheme.low_rank * (self.in_features + self.out_features) * getattr(torch, self.dtype).itemsize
-        return codes + branch + self.bias_bytes
+        codes = self.out_features * (self.in_features * self.scheme.weight_bits // 8)
+        return codes + self.scale_bytes + self.branch_bytes + self.bias_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        """The fp32 scales of a quantized layer."""
+        return 4 * self.out_features if self.scheme else 0
+
+    @property
+    def branch_bytes(self) -> int:
+        """Its low-rank branch."""
+        rank = self.scheme.low_rank if self.scheme else 0
+        return rank * (self.in_features + self.out_features) * getattr(torch, self.dtype).itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of the plan's JSON."""

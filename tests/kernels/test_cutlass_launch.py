@@ -233,5 +233,6 @@ def test_what_the_term_kernels_have_no_code_for_is_done_without_them(recorder: _
         wanted = 1 + low[..., : up.shape[1]].float() @ up.bfloat16().float().t()
         torch.testing.assert_close(out[..., : up.shape[0]].float(), wanted, rtol=2**-7, atol=2**-7)
     cutlass.low_rank_up(ones, low[..., :0], [], [], [])
+    cutlass.low_rank_up(ones[..., :0].contiguous(), low, [_bf16(0, 16)], [0], [1.0])
     assert cutlass.low_rank_down(x[:0], [_bf16(8, 512)]).shape == (0, 5, 8)
     assert recorder.calls == []

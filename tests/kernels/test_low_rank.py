@@ -207,6 +207,7 @@ def _up(**change: Any) -> None:
         (_up, {"gate": torch.zeros(3, 16)}, r"gate must have the shape \(16,\) or \(2, 16\)"),
         (_up, {"out": torch.zeros(2, 3, 16, requires_grad=True)}, "out must not require grad"),
         (_up, {"out": torch.zeros(2, 16, 3).mT}, "out must be contiguous in its last dimension"),
+        (_up, {"out": torch.zeros(1, 3, 16).expand(2, 3, 16)}, "rows of out must not share memory"),
     ],
 )
 def test_wrong_input_gets_one_sentence(call: Callable[..., None], change: dict[str, Any], sentence: str) -> None:

@@ -40,8 +40,7 @@ class Worker:
         try:
             yield from _events(events, future)
             error = future.exception()
-            if error is not None:  # its frames hold tensors, which the next run needs the room of
-                traceback.clear_frames(error.__traceback__)
+            _let_go(error)
             yield future.result() if error is None else Failed(error)
         finally:
             stop.set()
@@ -49,6 +48,13 @@ class Worker:
     def close(self) -> None:
         """Wait for the running job and end the thread."""
         self._thread.shutdown(cancel_futures=True)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Its frames hold tensors, which the next run needs the room of; so do those of the errors that it came from."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _events(events: queue.SimpleQueue[Event], future: Future[Outcome]) -> Iterator[Event | None]:

@@ -108,6 +108,8 @@ def _check_codes(op: str, name: str, codes: Tensor) -> None:
 def _check_written(op: str, out: Tensor) -> None:
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         _fail(op, "out must be contiguous in its last dimension", f"stride {out.stride(-1)}", "slice rows or columns")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        _fail(op, "rows of out must not share memory", f"strides {out.stride()}", "expand with .repeat() or .clone()")
     _check_no_gradient(op, out=out)
 
 

@@ -257,10 +257,15 @@ def scaled_mm_out(
     b_layout: str = "row_major",
 ) -> None:
     """scaled_mm written into out (..., N), fp16, bf16 or fp32; out may be a slice of a larger tensor."""
-    if out.requires_grad:  # which compiled code cannot ask
+    if _ask_for_gradients(out):
         checks.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
     _call("scaled_mm_out", out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
     _written(out)
+
+
+def _ask_for_gradients(*tensors: Tensor) -> bool:
+    """Of what is written to and of tensors in lists: compiled code cannot ask, and autograd does not see them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _written(out: Tensor) -> None:
@@ -332,7 +337,10 @@ def low_rank_down(
     (K,), layer_norm(x) * (1 + scale) + shift: what rotate_quantize and its kin rotate, rounded once to x.dtype. So is
     down. Sums are fp32, rounded once.
     """
-    return _call("low_rank_down", x, list(down), y, scale, shift, eps, gelu=gelu)
+    down = list(down)
+    if _ask_for_gradients(*down):
+        checks.low_rank_down(x, down, y, scale, shift, eps, gelu=gelu)
+    return _call("low_rank_down", x, down, y, scale, shift, eps, gelu=gelu)
 
 
 def low_rank_up(
@@ -350,7 +358,7 @@ def low_rank_up(
     The last dimension of out is contiguous.
     """
     columns, alpha = list(columns or [0] * len(up)), list(alpha or [1.0] * len(up))
-    if out.requires_grad:  # which compiled code cannot ask
+    if _ask_for_gradients(out, *up):
         checks.low_rank_up(out, low, up, columns, alpha, gate)
     _call("low_rank_up", out, low, list(up), columns, alpha, gate)
     _written(out)

@@ -44,7 +44,7 @@ class LayerProbe:
         def keep(_layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             call = self._seen[name]
             self._seen[name] += 1
-            if call % self._stride == self._stride // 2 and len(self.inputs[name]) < CALLS:
+            if call % self._stride == (self._stride - 1) // 2 and len(self.inputs[name]) < CALLS:
                 self.inputs[name].append(some_rows(arguments[0], ROWS))
                 self.outputs[name].append(some_rows(output, ROWS))
 

@@ -102,7 +102,7 @@ def low_rank_up(
     gate: Tensor | None = None,
 ) -> None:
     """Terms beside one another in one launch."""
-    if not low.numel():
+    if not low.numel() or not out.numel():
         return
     otherwise = _otherwise(out.device).low_rank_up
     if out.dtype not in _TYPES:

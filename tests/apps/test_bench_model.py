@@ -1,7 +1,9 @@
 """convrot-bench model: every table end to end on a toy, and what the tables' parts do where no GPU is needed."""
 
+import contextlib
 import json
 import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -639,6 +641,24 @@ def test_a_peer_that_does_not_run_says_why(monkeypatch):
     assert attempt.layers == 2
     reason = "RuntimeError: self.size(0) needs to be greater than 16"
     assert attempt.errors == {EAGER: reason, COMPILED: reason}
+
+
+def test_a_peer_that_compiles_for_ever_runs_eager_and_says_so(monkeypatch):
+    def compile_for_ever(side, device):
+        with contextlib.suppress(TimeoutError):  # as an autotuner does with what fails
+            time.sleep(60)
+        time.sleep(60)
+
+    monkeypatch.setattr(peers, "PATIENCE", 0.2)
+    monkeypatch.setattr(peers, "AGAIN", 0.1)
+    monkeypatch.setattr(peers.Side, "compile", compile_for_ever)
+    handler, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
+    attempt = attempt_with(monkeypatch, lambda linear: linear)
+    assert time.monotonic() - begun < 30
+    assert set(attempt.l2) == {EAGER}
+    assert attempt.errors == {COMPILED: "TimeoutError: compiling takes more than 0.2 s"}
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_peer_that_computes_something_else_is_no_baseline(monkeypatch):

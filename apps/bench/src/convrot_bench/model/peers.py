@@ -4,7 +4,9 @@ A peer that is not installed or does not run has a row too: without a figure, wi
 """
 
 import copy
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +42,8 @@ from convrot_quant import plan
 
 TRIAL = Rounds(rounds=1, warmup=1, steps=3)  # by which the faster way of a side is chosen
 GATE_ROWS = 32  # of the inputs on which a peer's layers are compared with the 16-bit ones
+PATIENCE = 200  # seconds for a peer's first step, compiled or not: both sets of layers within the 10 minutes of a table
+AGAIN = 5  # seconds
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,30 @@ def _gate_layers(peer: Peer, model: nn.Module, samples: dict[str, nn.Linear]) ->
         gate_peer(f"{peer.title} at {name}", relative_l2(model.get_submodule(name)(x), linear(x)))
 
 
+@contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """TimeoutError where the block takes longer: the compiler is Python, and waits for its workers in Python."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{what} takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)  # should somebody take it for an error of their own
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _run(task: Task, peer: Peer, attempt: Attempt, way: str) -> None:
     """The step this way once: it counts if it is finite."""
     label = f"{peer.title}, {way}"
     try:
-        if way == COMPILED:
-            attempt.side.compile(task.bench.device)
-        theirs = attempt.side.step(way)
+        with within(PATIENCE, "compiling" if way == COMPILED else "the first step"):
+            if way == COMPILED:
+                attempt.side.compile(task.bench.device)
+            theirs = attempt.side.step(way)
         check_finite(label, theirs)
         attempt.l2[way] = relative_l2(theirs, task.out)
     except PEER_ERRORS as problem:

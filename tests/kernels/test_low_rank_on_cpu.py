@@ -1,6 +1,7 @@
 """The term kernels of the compiled library against the reference, lane by lane on a CPU (cuda_on_cpu.py)."""
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +18,16 @@ from convrot_kernels.backends import cutlass
 from convrot_kernels.backends.cutlass import library
 from convrot_kernels.testing import assert_equal, make_inputs
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+
+def _why_not() -> str:
+    if shutil.which("g++") is None:
+        return "g++ is not on PATH"
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout.strip()
+    return "" if int(version.partition(".")[0]) >= 12 else f"_Float16 in C++ needs g++ 12, found {version}"
+
+
+WHY_NOT = _why_not()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,11 @@ def _joined(down: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [ready(term) for term in down]
 
 
+def _stride(vectors: Tensor | None) -> int:
+    """(B, K) -> elements from one sample's to the next; 0 where all rows have the same, or none."""
+    return 0 if vectors is None or vectors.shape[0] == 1 else vectors.stride(0)
+
+
 def low_rank_down(
     x: Tensor,
     down: list[Tensor],
@@ -65,7 +70,7 @@ def low_rank_down(
             seam,
             *((None, 0) if gain is None else (gain.data_ptr(), DTYPES[gain.dtype])),
             *((None, 0) if offset is None else (offset.data_ptr(), DTYPES[offset.dtype])),
-            *(0 if gain is None or samples == 1 else gain.stride(0), rows.shape[0] // samples, eps),
+            *(_stride(gain), rows.shape[0] // samples, eps),
             *(matrix.data_ptr() for matrix in matrices),
             *(None,) * (MOST_TERMS - len(matrices)),
             *(len(matrices), matrices[0].shape[0], low.data_ptr(), rows.shape[0], k, prologue, DTYPES[x.dtype]),
@@ -139,11 +144,8 @@ def low_rank_up(
                 *(*(term.column for term in terms), *(0,) * none),
                 *(*(term.alpha for term in terms), *(0.0,) * none),
                 *(len(terms), terms[0].matrix.shape[1]),
-                *((None, 0, 0) if gates is None else (gates.data_ptr(), DTYPES[gates.dtype], _stride(gates))),
+                *((None, 0) if gates is None else (gates.data_ptr(), DTYPES[gates.dtype])),
+                _stride(gates),
                 *(target.shape[0] // samples, target.shape[0], DTYPES[out.dtype]),
                 torch.cuda.current_stream().cuda_stream,
             )
-
-
-def _stride(vectors: Tensor) -> int:
-    return 0 if vectors.shape[0] == 1 else vectors.stride(0)

@@ -29,7 +29,6 @@ constexpr int kRun = kPanels * 256;           // columns
 constexpr int kMaxWarps = 16;                 // 512 threads: two blocks an SM at 64 registers
 constexpr float kRoundHalfEven = 12582912.f;  // 1.5 * 2^23: the low byte of the sum is the rounded code
 constexpr float kDamp = 0x1p-16f;             // second try of a row whose sums left fp32 on the way
-constexpr float kTiny = 0x1p-80f;             // the same for the squares of LayerNorm; as reference.py does
 
 struct Problem {
   void const *x, *y;           // y: silu_mul's factor, or what cat_gelu appends
@@ -52,17 +51,6 @@ __device__ __forceinline__ float max_abs(float best, float v) {  // NaN wins
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(best), "f"(fabsf(v)));
   return out;
 }
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  return v;
-}
-
-// LayerNorm: x -> x * scale + offset
-struct Moments {
-  float scale, offset;
-};
 
 template <class In, int kPrologue, bool kPrecise, int kMode>
 __device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[6][32], int runs, Moments m);

@@ -96,6 +96,18 @@ __device__ __forceinline__ float gelu(float x) {
   else return over_one_plus_exp2(x, x * fmaf(x * x, -kLog2E * kCubic, -kLog2E * kLinear));
 }
 
+// LayerNorm: x -> x * scale + offset
+struct Moments {
+  float scale, offset;
+};
+constexpr float kTiny = 0x1p-80f;  // its factor where squares leave fp32; as reference.py does
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+
 // H16[r][c] = -1/4 where exactly one of the two base-4 digits of r ^ c is 3: the sign bit of a 16-bit float
 constexpr uint32_t sign16(int x) { return (((x & (x >> 1)) ^ ((x >> 2) & (x >> 3))) & 1) << 15; }
 // entry of L at row ^ column = x, in bf16

@@ -14,6 +14,7 @@ import torch
 
 import convrot_kernels as ck
 from convrot_kernels import reference
+from convrot_kernels.backends import cudnn
 from convrot_kernels.testing import assert_codes_close, assert_equal, make_codes, make_inputs, make_scale
 
 DEVICE = torch.device("cuda")
@@ -87,6 +88,24 @@ def low_rank() -> None:
             torch.testing.assert_close(out, expected, rtol=0.02, atol=0.05)
 
 
+def attention() -> None:
+    """The norms and rotations before attention in every size of head, and e4m3 before and after cuDNN's product."""
+    for d, dtype in itertools.product((16, 32, 64, 128, 256), (torch.bfloat16, torch.float32)):
+        text = make_inputs(2, 3, 9 * d, dtype=dtype, device=DEVICE)
+        image = make_inputs(2, 6, 9 * d + 64, dtype=dtype, device=DEVICE, seed=1)[..., : 9 * d]
+        weights, tables = torch.randn(4, d, device=DEVICE), torch.rand(2, 9, d, device=DEVICE)
+        ck.norm_rope(image[..., : 6 * d], *weights[:2], *tables[:, :6])
+        ck.norm_rope_joint(text, image, *weights, *tables)
+        ck.norm_rope_fp8(image, *weights[:2], *tables[:, :6])
+        q, k, v, v_scale = ck.norm_rope_joint_fp8(text, image, *weights, *tables)
+        expected = reference.norm_rope_joint_fp8(text, image, *weights, *tables)
+        assert_equal(v_scale, expected[3])
+        assert_equal(v.float(), expected[2].float())
+        if cudnn.why_not(DEVICE) is None:
+            out = ck.attention_fp8(q, k, v, v_scale, dtype)
+            torch.testing.assert_close(out, reference.attention_fp8(q, k, v, v_scale, dtype), rtol=0.2, atol=0.2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="cutlass", choices=["cutlass", "triton"])
@@ -95,6 +114,7 @@ def main() -> None:
         products()
         rotations()
         low_rank()
+        attention()
         torch.cuda.synchronize()
     sys.stdout.write(f"{options.backend}: every kernel ran and agreed\n")
 

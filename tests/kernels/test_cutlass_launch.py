@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convrot_kernels import pack_int4, prepare_weight
-from convrot_kernels.backends import cutlass
+from convrot_kernels.backends import cudnn, cutlass
 from convrot_kernels.backends.cutlass import library
 from convrot_kernels.backends.cutlass.products import BLOCKS
 from convrot_kernels.testing import make_codes, make_inputs, make_scale
@@ -236,3 +236,28 @@ def test_what_the_term_kernels_have_no_code_for_is_done_without_them(recorder: _
     cutlass.low_rank_up(ones[..., :0].contiguous(), low, [_bf16(0, 16)], [0], [1.0])
     assert cutlass.low_rank_down(x[:0], [_bf16(8, 512)]).shape == (0, 5, 8)
     assert recorder.calls == []
+
+
+def test_norm_rope_in_8_bits_reads_v_behind_q_and_k(recorder: _Recorder) -> None:
+    wide, tables = make_inputs(2, 5, 1024), torch.ones(2, 5, 64)
+    q, k, v, v_scale = cutlass.norm_rope_fp8(wide[..., :768], *torch.ones(2, 64).bfloat16(), *tables)
+    ((name, arguments),) = recorder.calls
+    assert name == "convrot_norm_rope_fp8"
+    assert arguments[:7] == (None, 0, 0, wide.data_ptr(), 5120, 1024, 2)
+    assert arguments[14:18] == tuple(tensor.data_ptr() for tensor in (q, k, v, v_scale))
+    assert arguments[19:24] == (2, 0, 5, 4, 64)
+    assert {tensor.dtype for tensor in (q, k, v)} == {torch.float8_e4m3fn}
+    empty = cutlass.norm_rope_fp8(wide[:, :0, :768], *torch.ones(2, 64), *torch.ones(2, 0, 64))
+    assert empty[0].shape == (2, 0, 4, 64)
+    assert empty[3].tolist() == pytest.approx([1e-10] * 2)
+    assert len(recorder.calls) == 1
+
+
+def test_attention_in_8_bits_is_cudnn_s_product_widened(recorder: _Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = torch.zeros(2, 5, 4, 64).to(torch.float8_e4m3fn)
+    monkeypatch.setattr(cudnn, "attend", lambda q, k, v: narrow)
+    v_scale = torch.ones(2)
+    out = cutlass.attention_fp8(narrow, narrow, narrow, v_scale, torch.float16)
+    ((name, arguments),) = recorder.calls
+    assert name == "convrot_widen_fp8"
+    assert arguments[:6] == (narrow.data_ptr(), v_scale.data_ptr(), out.data_ptr(), 1, 2, 5 * 4 * 64)

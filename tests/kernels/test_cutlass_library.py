@@ -59,9 +59,9 @@ def test_the_gemv_signatures_are_the_source_s(function: str) -> None:
     assert list(library._PLAIN[function]) == _declared("gemv.cu", f"CONVROT_EXPORT int {function}")
 
 
-def test_the_signature_of_norm_rope_is_the_source_s() -> None:
-    declared = _declared("norm_rope.cu", "CONVROT_EXPORT int convrot_norm_rope")
-    assert list(library._PLAIN["convrot_norm_rope"]) == declared
+@pytest.mark.parametrize("function", ["convrot_norm_rope", "convrot_norm_rope_fp8", "convrot_widen_fp8"])
+def test_the_signatures_around_attention_are_the_source_s(function: str) -> None:
+    assert list(library._PLAIN[function]) == _declared("norm_rope.cu", f"CONVROT_EXPORT int {function}")
 
 
 def test_the_quantizer_s_signature_is_the_source_s() -> None:

@@ -29,6 +29,11 @@ def _wide(seed: int = 0) -> Tensor:
     return make_inputs(2, 5, 192, seed=seed)
 
 
+def _attended() -> tuple[Tensor, ...]:
+    """q, k, v, v_scale"""
+    return ck.norm_rope_fp8(_wide(), *torch.ones(2, 16), *torch.ones(2, 5, 16))
+
+
 CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "rotate": lambda: ((_x(), 64), {}),
     "rotate_quantize": lambda: ((_x(), 64, 4), {"packed": True, "clip": 0.9}),
@@ -41,12 +46,17 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "scaled_mm_gate_residual": lambda: ((*_matrix_product(), torch.ones(2, 24), torch.ones(2, 5, 24)), {}),
     "norm_rope": lambda: ((_x(), *torch.ones(2, 16), *torch.ones(2, 5, 16)), {"eps": 1e-5}),
     "norm_rope_joint": lambda: ((_wide(), _wide(1), *torch.ones(4, 16), *torch.ones(2, 10, 16)), {}),
+    "norm_rope_fp8": lambda: ((_wide(), *torch.ones(2, 16), *torch.ones(2, 5, 16)), {"eps": 1e-5}),
+    "norm_rope_joint_fp8": lambda: ((_wide(), _wide(1), *torch.ones(4, 16), *torch.ones(2, 10, 16)), {}),
+    "attention_fp8": lambda: (_attended(), {"out_dtype": torch.float16}),
     "low_rank_down": lambda: ((_x(), [torch.ones(3, 256).bfloat16()], _x(1)), {}),
     "low_rank_up": lambda: ((_wide(), _x()[..., :5], [torch.ones(64, 5).bfloat16()], [8], [0.5]), {}),
     "pack_int4": lambda: ((make_codes(3, 8),), {}),
     "unpack_int4": lambda: ((ck.pack_int4(make_codes(3, 8)),), {}),
 }
-DIFFERENTIABLE_INPUTS = [op for op in CASES if op not in ("pack_int4", "unpack_int4", "scaled_mm_out", "low_rank_up")]
+# of inputs, or at all
+WITHOUT_GRADIENTS = ("pack_int4", "unpack_int4", "scaled_mm_out", "low_rank_up", "attention_fp8")
+DIFFERENTIABLE_INPUTS = [op for op in CASES if op not in WITHOUT_GRADIENTS]
 OPS = pytest.mark.parametrize("op", list(CASES))
 
 
@@ -76,7 +86,10 @@ def test_every_op_is_covered_here_and_in_the_dispatch_table() -> None:
 @OPS
 def test_opcheck(op: str) -> None:
     args, kwargs = CASES[op]()
-    torch.library.opcheck(getattr(torch.ops.convrot, op).default, args, kwargs)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if op == "attention_fp8":
+        checks = checks[1:]  # the first multiplies inputs, which PyTorch cannot in e4m3
+    torch.library.opcheck(getattr(torch.ops.convrot, op).default, args, kwargs, test_utils=checks)
 
 
 def test_opcheck_of_the_autograd_registration() -> None:

@@ -8,10 +8,13 @@ from convrot_kernels.dispatch import (
     use_backend,
 )
 from convrot_kernels.ops import (
+    attention_fp8,
     low_rank_down,
     low_rank_up,
     norm_rope,
+    norm_rope_fp8,
     norm_rope_joint,
+    norm_rope_joint_fp8,
     pack_int4,
     prepare_weight,
     restore_weight,
@@ -31,12 +34,15 @@ from convrot_kernels.weights import quantize_weight
 
 __all__ = [
     "BackendError",
+    "attention_fp8",
     "available_backends",
     "hadamard",
     "low_rank_down",
     "low_rank_up",
     "norm_rope",
+    "norm_rope_fp8",
     "norm_rope_joint",
+    "norm_rope_joint_fp8",
     "pack_int4",
     "preferred_codes",
     "preferred_layout",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convrot_kernels.layouts import LAYOUTS
-from convrot_kernels.reference import GROUP_SIZES, QMAX, SCALE_RULES
+from convrot_kernels.reference import FP8, GROUP_SIZES, QMAX, SCALE_RULES
 
 WEIGHT_RULES, ROUNDINGS = ("absmax", "mse"), ("nearest", "balanced")
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -292,7 +292,7 @@ def scaled_mm_gate_residual(
 def _norm_rope(
     op: str, parts: int, sources: dict[str, Tensor], weights: dict[str, Tensor], cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Result, ...]:
-    """The rules of both norm_rope ops; sources (B, S, parts * H * D) follow one another in S."""
+    """The rules of all norm_rope ops; sources (B, S, parts * H * D) follow one another in S."""
     name, first = next(iter(sources.items()))
     d = next(iter(weights.values())).shape[-1:].numel()
     _check_float(op, **sources, **weights, cos=cos, sin=sin)
@@ -307,7 +307,7 @@ def _norm_rope(
         _fail(op, rule, str(d), "leave norm and rotary embedding to PyTorch")
     if first.shape[2] == 0 or first.shape[2] % (parts * d):
         rule = f"{name} must hold {parts} parts of whole heads of {d} columns"
-        _fail(op, rule, f"{first.shape[2]} columns", "pass q, k (and v, for norm_rope_joint) side by side")
+        _fail(op, rule, f"{first.shape[2]} columns", f"pass q, k{' and v' if parts == 3 else ''} side by side")
     tokens = sum(x.shape[1] for x in sources.values())
     for vector, weight in weights.items():
         _check_shape(op, vector, weight, (d,))
@@ -342,6 +342,64 @@ def norm_rope_joint(
         "k_weight": k_weight,
     }
     return _norm_rope("norm_rope_joint", 3, {"text": text, "image": image}, weights, cos, sin, eps)
+
+
+def _as_fp8(results: tuple[Result, ...]) -> tuple[Result, ...]:
+    """q, k and v -> the same in e4m3, and the scale of v."""
+    shape = results[0].shape
+    return (*(Result(shape, FP8) for _ in results), Result(shape[:1], torch.float32))
+
+
+def norm_rope_fp8(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Result, ...]:
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    return _as_fp8(_norm_rope("norm_rope_fp8", 3, {"x": x}, weights, cos, sin, eps))
+
+
+def norm_rope_joint_fp8(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Result, ...]:
+    weights = {
+        "text_q_weight": text_q_weight,
+        "text_k_weight": text_k_weight,
+        "q_weight": q_weight,
+        "k_weight": k_weight,
+    }
+    return _as_fp8(_norm_rope("norm_rope_joint_fp8", 3, {"text": text, "image": image}, weights, cos, sin, eps))
+
+
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Result, ...]:
+    op = "attention_fp8"
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if tensor.dtype != FP8:
+            _fail(op, f"{name} must be float8_e4m3fn", str(tensor.dtype), "norm_rope_fp8 makes q, k and v")
+    _check_device(op, q=q, k=k, v=v, v_scale=v_scale)
+    if q.dim() != 4:
+        _fail(op, "q must be (batch, tokens, heads, columns)", f"{q.dim()} dimensions", "unflatten its last one")
+    _check_shape(op, "k", k, (q.shape[0], k.shape[1] if k.dim() == 4 else 1, *q.shape[2:]))
+    _check_shape(op, "v", v, tuple(k.shape))
+    if q.shape[3] not in HEAD_SIZES:
+        rule = f"a head must have {', '.join(map(str, HEAD_SIZES))} columns"
+        _fail(op, rule, str(q.shape[3]), "keep attention in 16 bits")
+    if q.shape[1] > 0 and k.shape[1] == 0:
+        _fail(op, "every token must have keys to attend to", "no token in k", "pass keys and values")
+    if v_scale.dtype != torch.float32:
+        _fail(op, "v_scale must be float32", str(v_scale.dtype), "convert it with v_scale.float()")
+    _check_shape(op, "v_scale", v_scale, (q.shape[0],))
+    if out_dtype not in FLOATS:
+        _fail(op, "out_dtype must be float16, bfloat16 or float32", str(out_dtype), "use torch.bfloat16")
+    return (Result(tuple(q.shape), out_dtype),)
 
 
 def low_rank_down(

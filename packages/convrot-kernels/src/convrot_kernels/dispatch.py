@@ -1,7 +1,8 @@
 """Which backend runs an op: an ordered table, read top to bottom, and nothing else.
 
 A backend is a module with the functions of `reference` that it speeds up, `why_not(device) -> str | None` and
-`preferred_codes(device)`, `preferred_layout(device)`. It must import on a machine that cannot run it.
+`preferred_codes(device)`, `preferred_layout(device)`; `why_not_OP(device)` where an op needs more than the others. It
+must import on a machine that cannot run it.
 """
 
 import threading
@@ -39,6 +40,9 @@ ORDER: dict[str, tuple[str, ...]] = {
     "scaled_mm_gate_residual": _FASTEST_FIRST,
     "norm_rope": _FASTEST_FIRST,
     "norm_rope_joint": _FASTEST_FIRST,
+    "norm_rope_fp8": _FASTEST_FIRST,
+    "norm_rope_joint_fp8": _FASTEST_FIRST,
+    "attention_fp8": _FASTEST_FIRST,
     "low_rank_down": _FASTEST_FIRST,
     "low_rank_up": _FASTEST_FIRST,
     "pack_int4": ("reference",),
@@ -90,6 +94,8 @@ def pick(op: str, device: torch.device | str) -> tuple[str, ModuleType]:
     for name in ORDER[op] if chosen == AUTO else (chosen,):
         module = import_module(BACKENDS[name])
         reason = module.why_not(device) if hasattr(module, op) else f"does not implement {op}"
+        if reason is None and (needs_more := getattr(module, f"why_not_{op}", None)) is not None:
+            reason = needs_more(device)
         if reason is None:
             _warn_of_slower(name, device, reasons)
             return name, module

@@ -35,6 +35,11 @@ SCHEMAS = (
     "norm_rope(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor)",
     "norm_rope_joint(Tensor text, Tensor image, Tensor text_q_weight, Tensor text_k_weight, Tensor q_weight, "
     "Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor, Tensor)",
+    "norm_rope_fp8(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "norm_rope_joint_fp8(Tensor text, Tensor image, Tensor text_q_weight, Tensor text_k_weight, Tensor q_weight, "
+    "Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_fp8(Tensor q, Tensor k, Tensor v, Tensor v_scale, ScalarType out_dtype=bfloat16) -> Tensor",
     "low_rank_down(Tensor x, Tensor[] down, Tensor? y=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-6, *, "
     "bool gelu=False) -> Tensor",
     "low_rank_up(Tensor(a!) out, Tensor low, Tensor[] up, int[] columns, float[] alpha, Tensor? gate=None) -> ()",
@@ -319,6 +324,45 @@ def norm_rope_joint(
     q and k as in norm_rope, each stream with its own weights, cos and sin (T + I, D); v is copied.
     """
     return _call("norm_rope_joint", text, image, text_q_weight, text_k_weight, q_weight, k_weight, cos, sin, eps)
+
+
+def norm_rope_fp8(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (B, S, 3 H D), q, k and v side by side -> q, k, v e4m3 (B, S, H, D), v_scale fp32 (B,): attention_fp8's inputs.
+
+    q and k as norm_rope makes them, but rounded last to e4m3 and not to x.dtype; what is beyond 448 becomes 448 (a head
+    of 128 columns that RMSNorm leaves at weights below 39 has none). v is divided by v_scale = max(absmax / 448, 1e-10)
+    of its sample.
+    """
+    return _call("norm_rope_fp8", x, q_weight, k_weight, cos, sin, eps)
+
+
+def norm_rope_joint_fp8(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """text (B, T, 3 H D), image (B, I, 3 H D) -> q, k, v e4m3 (B, T + I, H, D), text first, v_scale fp32 (B,).
+
+    As norm_rope_fp8, each stream with its own weights, cos and sin (T + I, D).
+    """
+    return _call("norm_rope_joint_fp8", text, image, text_q_weight, text_k_weight, q_weight, k_weight, cos, sin, eps)
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """q (B, S, H, D), k, v (B, T, H, D), e4m3, v_scale fp32 (B,) -> softmax(q k^T / sqrt(D)) v v_scale, (B, S, H, D).
+
+    On a GPU by cuDNN (Hopper and newer, pip install nvidia-cudnn-frontend): probabilities are rounded to e4m3 against
+    the running maximum of their row, the result to e4m3 before v_scale.
+    """
+    return _call("attention_fp8", q, k, v, v_scale, out_dtype)
 
 
 def low_rank_down(

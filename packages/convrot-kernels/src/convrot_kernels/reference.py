@@ -20,6 +20,8 @@ from convrot_kernels.layouts import LAYOUTS
 GROUP_SIZES = (16, 64, 256, 1024)
 QMAX = {4: 7, 8: 127}
 SCALE_FLOOR = 1e-10  # keeps the division defined for all-zero rows
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 _BLOCK = 1 << 20  # weights are widened to fp32 this many at a time: the block stays in cache
@@ -266,19 +268,28 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, S, H, D) -> x * cos + (-x1, x0, -x3, x2, ...) * sin, cos and sin (S, D), in fp32, rounded once."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, S, H, D) -> x * cos + (-x1, x0, -x3, x2, ...) * sin, cos and sin (S, D), fp32."""
     wide = x.float()
     turned = torch.stack((-wide[..., 1::2], wide[..., 0::2]), dim=-1).flatten(-2)
-    return (wide * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)).to(x.dtype)
+    return wide * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)
+
+
+def _normed_and_turned(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, eps: float) -> list[Tensor]:
+    """(B, S, H D for each weight) -> of each part (B, S, H, D), fp32; only the norm's result was rounded."""
+    parts = x.chunk(len(weights), dim=-1)
+    return [
+        _turned(_rms_norm(part.unflatten(-1, (-1, weight.shape[0])), weight, eps), cos, sin)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
 
 
 def norm_rope(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """(B, S, 2 H D) -> q, k (B, S, H, D)."""
-    q, k = (part.unflatten(-1, (-1, q_weight.shape[0])) for part in x.chunk(2, dim=-1))
-    return _turn(_rms_norm(q, q_weight, eps), cos, sin), _turn(_rms_norm(k, k_weight, eps), cos, sin)
+    q, k = _normed_and_turned(x, (q_weight, k_weight), cos, sin, eps)
+    return q.to(x.dtype), k.to(x.dtype)
 
 
 def norm_rope_joint(
@@ -299,6 +310,65 @@ def norm_rope_joint(
     v = torch.cat((text[..., 2 * width :], image[..., 2 * width :]), dim=1)
     q, k = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
     return q, k, v.unflatten(-1, (-1, q_weight.shape[0]))
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """fp32 -> e4m3, the nearest, ties to even; what is beyond 448 becomes 448, NaN stays."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def fp8_of(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S, H, D) -> e4m3 of v / scale, scale fp32 (B,): each sample's largest value becomes 448."""
+    wide = v.float()
+    most = wide.abs().amax((1, 2, 3)) if v.shape[1] else wide.new_zeros(len(v))
+    scale = (most / FP8_MAX).clamp_min(SCALE_FLOOR)
+    return to_fp8(wide / scale.view(-1, 1, 1, 1)), scale
+
+
+def norm_rope_fp8(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, S, 3 H D) -> q, k, v e4m3 (B, S, H, D), scale of v (B,)."""
+    width = x.shape[2] // 3
+    q, k = _normed_and_turned(x[..., : 2 * width], (q_weight, k_weight), cos, sin, eps)
+    v, v_scale = fp8_of(x[..., 2 * width :].unflatten(-1, (-1, q_weight.shape[0])))
+    return to_fp8(q), to_fp8(k), v, v_scale
+
+
+def norm_rope_joint_fp8(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, T, 3 H D), (B, I, 3 H D) -> q, k, v e4m3 (B, T + I, H, D), scale of v (B,)."""
+    tokens, width = text.shape[1], text.shape[2] // 3
+    weights = (text_q_weight, text_k_weight), (q_weight, k_weight)
+    of_text = _normed_and_turned(text[..., : 2 * width], weights[0], cos[:tokens], sin[:tokens], eps)
+    of_image = _normed_and_turned(image[..., : 2 * width], weights[1], cos[tokens:], sin[tokens:], eps)
+    q, k = (to_fp8(torch.cat(pair, dim=1)) for pair in zip(of_text, of_image, strict=True))
+    v = torch.cat((text[..., 2 * width :], image[..., 2 * width :]), dim=1)
+    return q, k, *fp8_of(v.unflatten(-1, (-1, q_weight.shape[0])))
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """e4m3 (B, S, H, D) -> (B, S, H, D). Head by head: the scores of all would not fit.
+
+    A kernel rounds its probabilities against the running maximum of a row, so that backends agree within e4m3's steps.
+    """
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h].float() @ k[b, :, h].float().T * q.shape[3] ** -0.5
+            p = torch.exp(scores - scores.amax(-1, keepdim=True)) if scores.numel() else scores
+            sums = to_fp8(p * FP8_MAX).float() @ v[b, :, h].float()
+            out[b, :, h] = sums / (FP8_MAX * p.sum(-1, keepdim=True))
+    return (to_fp8(out).float() * v_scale.view(-1, 1, 1, 1)).to(out_dtype)
 
 
 # matrix product

@@ -1,5 +1,6 @@
 """4-bit inference for diffusion transformers: rotate, quantize, save, load, generate. No retraining, no calibration."""
 
+from convrot_quant.attention import fp8_attention_
 from convrot_quant.calibration import Calibration
 from convrot_quant.checkpoint import load_quantized, save_quantized
 from convrot_quant.comfy import load_comfy, save_comfy
@@ -28,6 +29,7 @@ __all__ = [
     "apply",
     "cuda_graphs_",
     "dequantize_",
+    "fp8_attention_",
     "fuse_",
     "load_and_quantize",
     "load_comfy",

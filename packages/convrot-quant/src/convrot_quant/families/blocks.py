@@ -51,6 +51,7 @@ class FusedBlock(nn.Module):
 
     _stacks: dict[str, Stack]
     _inner: tuple[nn.Module, ...]
+    fp8_attention = False  # attention.py switches it
     _were_hooked = False  # when the block last ran
 
     def stacked(self) -> Mapping[str, Sequence[nn.Module]]:

@@ -22,8 +22,11 @@ from diffusers.models.transformers import transformer_flux as diffusers_flux
 from torch import Tensor, nn
 
 from convrot_kernels import (
+    attention_fp8,
     norm_rope,
+    norm_rope_fp8,
     norm_rope_joint,
+    norm_rope_joint_fp8,
     rotate_quantize,
     rotate_quantize_cat_gelu,
     rotate_quantize_gelu,
@@ -79,6 +82,16 @@ def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
     )
     return out.flatten(2, 3).to(q.dtype)
+
+
+def _attention_fp8(attn: Any, operands: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """q, k, v e4m3 (B, S, H, D) and v's scale -> (B, S, H * D)."""
+    if attn.processor._parallel_config is not None:
+        raise ValueError(
+            "fp8_attention_: attention in 8 bits runs on one GPU, and this model shares its tokens among several "
+            "(enable_parallelism); switch it off: fp8_attention_(model, False)"
+        )
+    return attention_fp8(*operands, out_dtype=dtype).flatten(2, 3)
 
 
 def _in_a_row(text: Tensor, image: Tensor) -> Tensor:
@@ -148,9 +161,12 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
     def _attended(self, projection: Tensor, image_rotary_emb: Any) -> tuple[Tensor, Tensor]:
         """q, k, v and the MLP's hidden values (B, S, 3 C + 4 C) -> attention's output (B, S, C), hidden (B, S, 4 C)."""
         attn, width = self.attn, self.attn.inner_dim
-        qk, v, hidden = projection.split((2 * width, width, self.mlp_hidden_dim), dim=-1)
-        cos, sin = image_rotary_emb
-        qk = norm_rope(qk, attn.norm_q.weight, attn.norm_k.weight, cos, sin, EPS)
+        qkv, hidden = projection.split((3 * width, self.mlp_hidden_dim), dim=-1)
+        norms, (cos, sin) = (attn.norm_q.weight, attn.norm_k.weight), image_rotary_emb
+        if self.fp8_attention:
+            return _attention_fp8(attn, norm_rope_fp8(qkv, *norms, cos, sin, EPS), qkv.dtype), hidden
+        qk, v = qkv.split((2 * width, width), dim=-1)
+        qk = norm_rope(qk, *norms, cos, sin, EPS)
         return _attention(attn, *qk, v.unflatten(-1, (-1, attn.head_dim))), hidden
 
 
@@ -208,15 +224,19 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
         of_image, of_text = vectors[:6], vectors[6:]
         image_qkv = _projected(stacks["image"], image_in, image, of_image)
         text_qkv = _projected(stacks["text"], text_in, text, of_text)
-        added, own = (attn.norm_added_q.weight, attn.norm_added_k.weight), (attn.norm_q.weight, attn.norm_k.weight)
-        cos, sin = image_rotary_emb
-        qkv = norm_rope_joint(text_qkv, image_qkv, *added, *own, cos, sin, EPS)
+        attended = self._attended(text_qkv, image_qkv, image_rotary_emb).split((text.shape[1], image.shape[1]), dim=1)
         del text_qkv, image_qkv
-        attended = _attention(attn, *qkv).split((text.shape[1], image.shape[1]), dim=1)
-        del qkv
         image = _after_attention(image, attended[1], image_out, of_image)
         text = _after_attention(text, attended[0], text_out, of_text)
         return _clipped(text), image
+
+    def _attended(self, text_qkv: Tensor, image_qkv: Tensor, image_rotary_emb: Any) -> Tensor:
+        """q, k, v of both streams (B, T, 3 C), (B, I, 3 C) -> attention's output (B, T + I, C), text first."""
+        attn, (cos, sin) = self.attn, image_rotary_emb
+        added, own = (attn.norm_added_q.weight, attn.norm_added_k.weight), (attn.norm_q.weight, attn.norm_k.weight)
+        norm_and_turn = norm_rope_joint_fp8 if self.fp8_attention else norm_rope_joint
+        operands = norm_and_turn(text_qkv, image_qkv, *added, *own, cos, sin, EPS)
+        return _attention_fp8(attn, operands, image_qkv.dtype) if self.fp8_attention else _attention(attn, *operands)
 
 
 def _projected(stack: Stack, layers: Any, x: Tensor, vectors: Sequence[Tensor]) -> Tensor:

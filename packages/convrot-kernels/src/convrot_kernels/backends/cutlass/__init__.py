@@ -5,9 +5,16 @@ products.py, quantize.py, norm_rope.py and low_rank.py (the ops), binding.py (th
 touches neither CUDA nor the library.
 """
 
+from convrot_kernels.backends.cudnn import why_not as why_not_attention_fp8
 from convrot_kernels.backends.cutlass.library import why_not
 from convrot_kernels.backends.cutlass.low_rank import low_rank_down, low_rank_up
-from convrot_kernels.backends.cutlass.norm_rope import norm_rope, norm_rope_joint
+from convrot_kernels.backends.cutlass.norm_rope import (
+    attention_fp8,
+    norm_rope,
+    norm_rope_fp8,
+    norm_rope_joint,
+    norm_rope_joint_fp8,
+)
 from convrot_kernels.backends.cutlass.products import (
     preferred_codes,
     preferred_layout,
@@ -25,10 +32,13 @@ from convrot_kernels.backends.cutlass.quantize import (
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "attention_fp8",
     "low_rank_down",
     "low_rank_up",
     "norm_rope",
+    "norm_rope_fp8",
     "norm_rope_joint",
+    "norm_rope_joint_fp8",
     "pack_int4",
     "preferred_codes",
     "preferred_layout",
@@ -42,4 +52,5 @@ __all__ = [
     "scaled_mm_out",
     "unpack_int4",
     "why_not",
+    "why_not_attention_fp8",
 ]

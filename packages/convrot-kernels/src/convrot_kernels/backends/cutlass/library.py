@@ -26,6 +26,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int),
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int, *(c_void_p,) * 5, *(c_int,) * 5, c_float, c_void_p),
     ),
+    "convrot_norm_rope_fp8": (
+        *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int, *(c_void_p,) * 7, *(c_int,) * 5, c_float, c_void_p),
+    ),
+    "convrot_widen_fp8": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int64, c_void_p),
     "convrot_low_rank_down": (
         *(c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int, c_void_p, c_int, c_int64, c_int, c_float),
         *(*(c_void_p,) * 4, c_int, c_int, c_void_p, *(c_int,) * 4, c_void_p),

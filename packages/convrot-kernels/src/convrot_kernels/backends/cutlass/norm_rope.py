@@ -1,10 +1,12 @@
-"""norm_rope and norm_rope_joint on the compiled library: norm_rope.cu."""
+"""The norm_rope ops, and what attention_fp8 does around cuDNN's product, on the compiled library: norm_rope.cu."""
 
 import torch
 from torch import Tensor
 
+from convrot_kernels.backends import cudnn
 from convrot_kernels.backends.cutlass import library
 from convrot_kernels.backends.cutlass.products import DTYPES, ready
+from convrot_kernels.reference import FP8, SCALE_FLOOR
 
 _ALIGNMENT = 16  # bytes: eight 16-bit columns are one load
 
@@ -21,11 +23,44 @@ def _run(
     text: Tensor | None, image: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, eps: float, parts: int
 ) -> list[Tensor]:
     """weights: those of image's q and k, after text's if there is text."""
+    out = [image.new_empty(_shape(text, image, weights, parts)) for _ in range(parts)]
+    addresses = (*(tensor.data_ptr() for tensor in out), *(None,) * (3 - parts))
+    _launch("convrot_norm_rope", text, image, weights, cos, sin, eps, out[0].shape, addresses)
+    return out
+
+
+def _run_fp8(
+    text: Tensor | None, image: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = _shape(text, image, weights, 3)
+    q, k, v = (image.new_empty(shape, dtype=FP8) for _ in range(3))
+    v_scale = image.new_full(shape[:1], SCALE_FLOOR, dtype=torch.float32)
+    most = image.new_empty(shape[:2], dtype=torch.float32)
+    addresses = tuple(tensor.data_ptr() for tensor in (q, k, v, v_scale, most))
+    _launch("convrot_norm_rope_fp8", text, image, weights, cos, sin, eps, q.shape, addresses)
+    return q, k, v, v_scale
+
+
+def _shape(text: Tensor | None, image: Tensor, weights: tuple[Tensor, ...], parts: int) -> tuple[int, ...]:
+    """(B, S, H, D) of a result."""
     d, tokens = weights[0].shape[0], image.shape[1] + (0 if text is None else text.shape[1])
-    shape = (image.shape[0], tokens, image.shape[2] // (parts * d), d)
-    out = [image.new_empty(shape) for _ in range(parts)]
-    if out[0].numel() == 0:
-        return out
+    return image.shape[0], tokens, image.shape[2] // (parts * d), d
+
+
+def _launch(
+    name: str,
+    text: Tensor | None,
+    image: Tensor,
+    weights: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    shape: torch.Size,
+    out: tuple[int | None, ...],
+) -> None:
+    """`shape` (B, S, H, D) of each result; `out`: addresses of what is written."""
+    if shape.numel() == 0:
+        return
     _, ours = library.of(image.device)
     with torch.cuda.device(image.device):
         streams = [None if x is None else _readable(x) for x in (text, image)]
@@ -35,18 +70,17 @@ def _run(
         cos, sin = ready(cos.float()), ready(sin.float())
         pointers = [weight.data_ptr() for weight in weights]
         ours.call(
-            "convrot_norm_rope",
+            name,
             *(value for x in streams for value in _stream(x)),
             *(
                 DTYPES[image.dtype],
                 *(pointers if text is not None else (None, None, *pointers)),
                 DTYPES[weights[0].dtype],
             ),
-            *(cos.data_ptr(), sin.data_ptr(), *(tensor.data_ptr() for tensor in out), *(None,) * (3 - parts)),
-            *(shape[0], 0 if text is None else text.shape[1], image.shape[1], shape[2], d, eps),
+            *(cos.data_ptr(), sin.data_ptr(), *out),
+            *(shape[0], 0 if text is None else text.shape[1], image.shape[1], shape[2], shape[3], eps),
             torch.cuda.current_stream().cuda_stream,
         )
-    return out
 
 
 def _stream(x: Tensor | None) -> tuple[int | None, int, int]:
@@ -75,3 +109,39 @@ def norm_rope_joint(
     """(B, T, 3 H D), (B, I, 3 H D) -> q, k, v (B, T + I, H, D)."""
     q, k, v = _run(text, image, (text_q_weight, text_k_weight, q_weight, k_weight), cos, sin, eps, 3)
     return q, k, v
+
+
+def norm_rope_fp8(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, S, 3 H D) -> q, k, v e4m3 (B, S, H, D), scale of v (B,)."""
+    return _run_fp8(None, x, (q_weight, k_weight), cos, sin, eps)
+
+
+def norm_rope_joint_fp8(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, T, 3 H D), (B, I, 3 H D) -> q, k, v e4m3 (B, T + I, H, D), scale of v (B,)."""
+    return _run_fp8(text, image, (text_q_weight, text_k_weight, q_weight, k_weight), cos, sin, eps)
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """e4m3 (B, S, H, D) -> (B, S, H, D): cuDNN's product, which Hopper gives in e4m3, times v_scale."""
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    _, ours = library.of(q.device)
+    with torch.cuda.device(q.device):
+        narrow, v_scale = cudnn.attend(*map(ready, (q, k, v))), ready(v_scale)
+        batch, stream = q.shape[0], torch.cuda.current_stream().cuda_stream
+        addresses = narrow.data_ptr(), v_scale.data_ptr(), out.data_ptr()
+        ours.call("convrot_widen_fp8", *addresses, DTYPES[out_dtype], batch, out.numel() // batch, stream)
+    return out

@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 
+from convrot_kernels.backends.cudnn import why_not as why_not_attention_fp8
 from convrot_kernels.reference import pack_int4, unpack_int4  # once per weight: PyTorch's own kernels do
 
 __all__ = [
+    "attention_fp8",
     "low_rank_down",
     "low_rank_up",
     "norm_rope",
+    "norm_rope_fp8",
     "norm_rope_joint",
+    "norm_rope_joint_fp8",
     "pack_int4",
     "preferred_codes",
     "preferred_layout",
@@ -34,6 +38,7 @@ __all__ = [
     "scaled_mm_out",
     "unpack_int4",
     "why_not",
+    "why_not_attention_fp8",
 ]
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 and int8 tensor-core products
@@ -52,10 +57,13 @@ def _loaded_late(op: str, file: str) -> Callable[..., Any]:
     return run
 
 
+attention_fp8 = _loaded_late("attention_fp8", "norm_rope_kernel")
 low_rank_down = _loaded_late("low_rank_down", "low_rank_kernel")
 low_rank_up = _loaded_late("low_rank_up", "low_rank_kernel")
 norm_rope = _loaded_late("norm_rope", "norm_rope_kernel")
 norm_rope_joint = _loaded_late("norm_rope_joint", "norm_rope_kernel")
+norm_rope_fp8 = _loaded_late("norm_rope_fp8", "norm_rope_kernel")
+norm_rope_joint_fp8 = _loaded_late("norm_rope_joint_fp8", "norm_rope_kernel")
 rotate = _loaded_late("rotate", "rotate_kernel")
 rotate_quantize = _loaded_late("rotate_quantize", "rotate_quantize_kernel")
 rotate_quantize_gelu = _loaded_late("rotate_quantize_gelu", "rotate_quantize_kernel")

@@ -1,9 +1,10 @@
-"""norm_rope and norm_rope_joint: RMSNorm of every head, then the rotary embedding, into q and k that attention reads.
+"""The norm_rope ops: RMSNorm of every head, then the rotary embedding, into q and k that attention reads.
 
 x (B, S, parts * H * D): q, k and for the joint op v, each of H heads of D columns, at any strides of B and S. cos and
 sin fp32 (S, D). Results (B, S, H, D), contiguous; a joint result takes text from one input and image from another.
 One program: one token, its heads HEADS at a time, so cos and sin are read once for all of them. Everything is fp32,
-rounded to the dtype of x after the norm and at the end, as diffusers does in eager mode.
+rounded to the dtype of x after the norm and at the end, as diffusers does in eager mode. To e4m3, for attention_fp8,
+PyTorch rounds: Triton has it from compute capability 8.9 on, and the compiled library is there to be fast.
 """
 
 import torch
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convrot_kernels.backends import cudnn
 from convrot_kernels.backends.triton.device_functions import rounded
+from convrot_kernels.reference import fp8_of, to_fp8
 
 HEADS = 8  # of a tile: 8 values a thread at D = 128 and 4 warps
 
@@ -56,7 +59,7 @@ def _norm_rope(
 ):
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     columns = tl.arange(0, D)
-    dtype = q_ptr.dtype.element_ty
+    dtype, out_dtype = x_ptr.dtype.element_ty, q_ptr.dtype.element_ty
     cos = tl.load(cos_ptr + (first + s) * D + columns).to(tl.float32)  # (D,)
     sin = tl.load(sin_ptr + (first + s) * D + columns).to(tl.float32)
     source = x_ptr + b * stride_b + s * stride_s
@@ -68,8 +71,8 @@ def _norm_rope(
         k = tl.load(source + H * D + at, mask=inside, other=0.0).to(tl.float32)
         q = _normed_and_turned(q, q_weight_ptr, cos, sin, eps, HEADS, D, dtype)
         k = _normed_and_turned(k, k_weight_ptr, cos, sin, eps, HEADS, D, dtype)
-        tl.store(q_ptr + target + at, rounded(q, dtype), mask=inside)
-        tl.store(k_ptr + target + at, rounded(k, dtype), mask=inside)
+        tl.store(q_ptr + target + at, rounded(q, out_dtype), mask=inside)
+        tl.store(k_ptr + target + at, rounded(k, out_dtype), mask=inside)
         if PARTS == 3:
             v = tl.load(source + 2 * H * D + at, mask=inside, other=0.0)
             tl.store(v_ptr + target + at, v, mask=inside)
@@ -93,9 +96,9 @@ def _launch(
         )  # fmt: skip
 
 
-def _results(x: Tensor, tokens: int, parts: int, d: int) -> list[Tensor]:
+def _results(x: Tensor, tokens: int, parts: int, d: int, dtype: torch.dtype | None = None) -> list[Tensor]:
     shape = (x.shape[0], tokens, x.shape[2] // (parts * d), d)
-    return [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(parts)]
+    return [torch.empty(shape, dtype=dtype or x.dtype, device=x.device) for _ in range(parts)]
 
 
 def norm_rope(
@@ -123,3 +126,40 @@ def norm_rope_joint(
     _launch(text, (text_q_weight, text_k_weight), (cos, sin), eps, 0, out)
     _launch(image, (q_weight, k_weight), (cos, sin), eps, text.shape[1], out)
     return out[0], out[1], out[2]
+
+
+def norm_rope_fp8(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, S, 3 H D) -> q, k, v e4m3 (B, S, H, D), scale of v (B,)."""
+    d = q_weight.shape[0]
+    q, k = _results(x, x.shape[1], 3, d, torch.float32)[:2]
+    _launch(x, (q_weight, k_weight), (cos, sin), eps, 0, [q, k])
+    return to_fp8(q), to_fp8(k), *fp8_of(x[..., -q.shape[2] * d :].unflatten(-1, (-1, d)))
+
+
+def norm_rope_joint_fp8(
+    text: Tensor,
+    image: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, T, 3 H D), (B, I, 3 H D) -> q, k, v e4m3 (B, T + I, H, D), scale of v (B,)."""
+    out = _results(image, text.shape[1] + image.shape[1], 3, q_weight.shape[0], torch.float32)
+    _launch(text, (text_q_weight, text_k_weight), (cos, sin), eps, 0, out)
+    _launch(image, (q_weight, k_weight), (cos, sin), eps, text.shape[1], out)
+    return to_fp8(out[0]), to_fp8(out[1]), *fp8_of(out[2])
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """e4m3 (B, S, H, D) -> (B, S, H, D)."""
+    if q.numel() == 0:
+        return torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        narrow = cudnn.attend(q.contiguous(), k.contiguous(), v.contiguous())
+    return (narrow.float() * v_scale.view(-1, 1, 1, 1)).to(out_dtype)

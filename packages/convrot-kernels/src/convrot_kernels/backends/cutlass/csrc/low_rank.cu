@@ -7,21 +7,24 @@
 // arithmetic, while the next values are on their way; LayerNorm reads its rows once before. low_rank_up: a warp has 32
 // columns, whose order is free as well: each lane writes eight neighbours; up stays in registers.
 //
-// H200, bf16, 4608 rows, us: 16 ranks of K = 3072 11 (a copy of x 15), with GELU of K = 12288 65, of [x | gelu(y)] 87,
-// with LayerNorm + modulate 31; up to 21504 columns 116, as Triton's. 48 ranks 19, modulated 43; 64 ranks 28, Triton's
-// kernel 21; 512 rows, 48 ranks, modulated 30. Lost: LayerNorm's moments in a launch of their own (32 of 16 ranks, 50 of
-// 48), a block of 16 rows for 48 ranks (26, not 19), 64 rows of low_rank_up a block (128). To be measured, and tested on a
-// CPU so far: gain and shift fetched ahead like x (commit e659d29); three blocks an SM (the GELUs 62 and 74 in a trial).
+// H200, bf16, 4608 rows, us: 16 ranks of K = 3072 12 (a copy of x 15), with LayerNorm + modulate 23, with GELU of
+// K = 12288 62, of [x | gelu(y)] 74 (what quantizes that takes as long); up to 21504 columns 117, as Triton's. 48 ranks
+// 19, modulated 34; 64 ranks 28 and 48, Triton's kernel 22 and 45; 512 rows, 48 ranks, modulated 14. Lost: gain and
+// shift read when they are needed, behind a question for their dtype (31, of 48 ranks 43, of 512 rows 30), two blocks
+// an SM (GELUs 64 and 87), LayerNorm's moments in a launch of their own (32 of 16 ranks, 50 of 48), a block of 16 rows
+// for 48 ranks of many rows (26, not 19), 64 rows of low_rank_up a block (128).
 #include "eight.cuh"
 
 namespace convrot {
 namespace {
 
-enum Prologue : int { kNone = 0, kGelu = 1, kModulate = 2, kCatGelu = 4 };  // those of rotate_quantize.cu
+// those of rotate_quantize.cu; kModulateAlike: vectors of the values' dtype, the same ones for all rows of a block
+enum Prologue : int { kNone = 0, kGelu = 1, kModulate = 2, kCatGelu = 4, kModulateAlike = 5 };
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMostTerms = 4;
 constexpr int kHeld = 16;  // loads of a lane for one row whose moments are taken, where they are held: K up to 4096
+constexpr int kFewRows = 1024;
 constexpr int kWide = 32;  // columns of a warp of low_rank_up
 
 template <bool kHalf>
@@ -36,6 +39,10 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], uint32_t a0, uint32_
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
+}
+
+__device__ __forceinline__ float together(float const (&v)[kColumns]) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
 // stays in the cache: read again soon, by this block or by others
@@ -61,20 +68,21 @@ struct Down {
   int rows, k;
 };
 
-template <class In, int kPrologue, int kTiles>
+template <class In, int kPrologue, int kTiles, int kBands>
 struct DownBlock {
-  // every block reads all of down: where that is more than x, two bands of 16 rows share it
-  static constexpr int kBands = kTiles > 2 ? 2 : 1, kRows = 16 * kBands;
-  static constexpr int kParts = kTiles > 2 ? 1 : 2, kChunk = 32 * kParts;  // columns that a warp reads at once
-  static constexpr bool kAhead = kPrologue != kModulate;  // whose rows have come already
+  static constexpr int kRows = 16 * kBands;
+  static constexpr bool kAlike = kPrologue == kModulateAlike, kModulated = kAlike || kPrologue == kModulate;
+  static constexpr bool kAhead = !kModulated || (kAlike && kBands == 1);  // x is in the cache after LayerNorm
+  static constexpr int kParts = kTiles > 2 || kAlike ? 1 : 2, kChunk = 32 * kParts;  // columns a warp reads at once
   using Values = Eight<In>[kParts][kBands][2];
+  using Vectors = Eight<In>[kParts][2];  // gain and shift, where all rows have the same
   Down const& p;
   int const lane, warp, group, quad;
 
   __device__ int row_at(int of_block) const { return min(int(blockIdx.x) * kRows + of_block, p.rows - 1); }
   __device__ In const* x_of(int row) const { return static_cast<In const*>(p.x) + row * p.x_stride; }
 
-  // visit(value) of all of a row's that are this lane's
+  // visit(value, i) of all of a row's that are this lane's, i below kColumns: sums that do not wait for one another
   template <class Visit>
   __device__ void each_of_row(In const* x, Visit visit) const {
 #pragma unroll 4
@@ -82,7 +90,7 @@ struct DownBlock {
       float v[kColumns];
       unpack<In>(load_kept(x + column), v);
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) visit(v[i]);
+      for (int i = 0; i < kColumns; ++i) visit(v[i], i);
     }
   }
   template <class Visit>
@@ -93,7 +101,7 @@ struct DownBlock {
       float v[kColumns];
       unpack<In>(held[load], v);
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) visit(v[i]);
+      for (int i = 0; i < kColumns; ++i) visit(v[i], i);
     }
   }
   // all of a warp; in two passes, damped where squares leave fp32
@@ -101,14 +109,14 @@ struct DownBlock {
   __device__ Moments moments(Each each) const {
     float damp = 1.f;
     while (true) {
-      float sum = 0.f, squares = 0.f;
-      each([&](float v) { sum += v * damp; });
-      float const mean = warp_sum(sum) * p.inverse_k;
-      each([&](float v) {
-        float const off = v * damp - mean;
-        squares += off * off;
+      float sums[kColumns] = {}, squares[kColumns] = {};
+      each([&](float v, int i) { sums[i] = fmaf(v, damp, sums[i]); });
+      float const mean = warp_sum(together(sums)) * p.inverse_k;
+      each([&](float v, int i) {
+        float const off = fmaf(v, damp, -mean);
+        squares[i] = fmaf(off, off, squares[i]);
       });
-      float const variance = warp_sum(squares) * p.inverse_k;
+      float const variance = warp_sum(together(squares)) * p.inverse_k;
       if (isfinite(variance) || damp != 1.f) {
         float const inverse = rsqrtf(variance + p.eps * damp);
         return {damp * inverse, -mean * inverse};
@@ -127,16 +135,19 @@ struct DownBlock {
     return moments([&](auto visit) { each_held(held, visit); });
   }
 
-  __device__ void modulate(Eight<In>& raw, Moments const& m, float const (&gain)[kColumns],
-                           float const (&shift)[kColumns]) const {
-    float v[kColumns];
-    unpack<In>(raw, v);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) v[i] = fmaf(fmaf(v[i], m.scale, m.offset), 1.f + gain[i], shift[i]);
-    raw = pack<In>(v);
+  __device__ Four<In> modulated(Four<In> raw, Moments const& m, float4 gain, float4 shift) const {
+    float4 const v = each(widen<In>(raw), [&](float e) { return fmaf(e, m.scale, m.offset); });
+    return convrot::narrow<In>(make_float4(fmaf(v.x, 1.f + gain.x, shift.x), fmaf(v.y, 1.f + gain.y, shift.y),
+                                           fmaf(v.z, 1.f + gain.z, shift.z), fmaf(v.w, 1.f + gain.w, shift.w)));
   }
   __device__ int64_t vector_of(int row) const {
     return p.vector_stride ? row / p.rows_per_vector * p.vector_stride : 0;
+  }
+  __device__ void modulate(Eight<In>& raw, Moments const& m, float const (&gain)[kColumns],
+                           float const (&shift)[kColumns]) const {
+    raw.first = modulated(raw.first, m, {gain[0], gain[1], gain[2], gain[3]}, {shift[0], shift[1], shift[2], shift[3]});
+    raw.second =
+        modulated(raw.second, m, {gain[4], gain[5], gain[6], gain[7]}, {shift[4], shift[5], shift[6], shift[7]});
   }
   __device__ void vectors(int64_t at, float (&gain)[kColumns], float (&shift)[kColumns]) const {
     load_any(p.scale, p.scale_dtype, at, gain);
@@ -149,14 +160,25 @@ struct DownBlock {
     for (int i = 0; i < 2; ++i) {
       int const row = row_at(first + i * 8);
       if (column >= p.k) raw[i] = {};
-      else if (kPrologue == kModulate) raw[i] = load_kept(x_of(row) + column);
+      else if (kModulated) raw[i] = load_kept(x_of(row) + column);
       else if (kPrologue == kCatGelu && column >= p.seam)
         raw[i] = load_eight(static_cast<In const*>(p.y) + row * p.y_stride + column - p.seam);
       else raw[i] = load_eight(x_of(row) + column);
     }
   }
+  __device__ void fetch_vectors(int chunk, Vectors& to) const {
+    int64_t const vector = vector_of(row_at(0));
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      int const column = chunk + part * 32 + quad * kColumns;
+      if (column >= p.k) continue;
+      to[part][0] = load_kept(static_cast<In const*>(p.scale) + vector + column);
+      to[part][1] = load_kept(static_cast<In const*>(p.shift) + vector + column);
+    }
+  }
   // and as the product reads them
-  __device__ void prepare(int column, int first, Eight<In> (&raw)[2], Moments const* of_rows) const {
+  __device__ void prepare(int column, int first, Eight<In> (&raw)[2], Eight<In> const (&alike)[2],
+                          Moments const* of_rows) const {
     if (column >= p.k || (kPrologue == kCatGelu && column < p.seam)) return;
     if constexpr (kPrologue == kGelu || kPrologue == kCatGelu) {
 #pragma unroll
@@ -166,6 +188,14 @@ struct DownBlock {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) v[j] = gelu<false>(v[j]);
         raw[i] = pack<In>(v);
+      }
+    }
+    if constexpr (kAlike) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Moments const m = of_rows[first + i * 8];
+        raw[i].first = modulated(raw[i].first, m, widen<In>(alike[0].first), widen<In>(alike[1].first));
+        raw[i].second = modulated(raw[i].second, m, widen<In>(alike[0].second), widen<In>(alike[1].second));
       }
     }
     if constexpr (kPrologue == kModulate) {
@@ -189,7 +219,9 @@ struct DownBlock {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) down[tile] = down_of(first_rank + tile * 8 + group);
     Values x, next;
+    Vectors alike = {}, next_alike = {};
     if (kAhead) fetch_chunk(warp * kChunk, x);
+    if (kAlike) fetch_vectors(warp * kChunk, alike);
 #pragma unroll 1
     for (int chunk = warp * kChunk; chunk < p.k; chunk += kWarps * kChunk) {
       Eight<In> d[kParts][kTiles];
@@ -202,11 +234,12 @@ struct DownBlock {
       }
       if (kAhead) fetch_chunk(chunk + kWarps * kChunk, next);  // while this one is worked on
       else fetch_chunk(chunk, x);
+      if (kAlike) fetch_vectors(chunk + kWarps * kChunk, next_alike);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int band = 0; band < kBands; ++band) {
-          prepare(chunk + part * 32 + quad * kColumns, band * 16 + group, x[part][band], of_rows);
+          prepare(chunk + part * 32 + quad * kColumns, band * 16 + group, x[part][band], alike[part], of_rows);
           Eight<In> const &a = x[part][band][0], &b = x[part][band][1];
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
@@ -218,6 +251,7 @@ struct DownBlock {
           }
           if (kAhead) x[part][band][0] = next[part][band][0], x[part][band][1] = next[part][band][1];
         }
+        if (kAlike) alike[part][0] = next_alike[part][0], alike[part][1] = next_alike[part][1];
       }
     }
   }
@@ -242,22 +276,27 @@ struct DownBlock {
   }
 };
 
-template <class In, int kPrologue, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2) low_rank_down(__grid_constant__ Down const p) {
-  using Block = DownBlock<In, kPrologue, kTiles>;
-  constexpr int kSums = Block::kBands * kTiles * 4;
+// an SM has three where 80 registers are enough: the 288 of 4608 rows at once
+template <int kPrologue, int kTiles>
+constexpr int down_blocks = kTiles == 2 && kPrologue != kModulate ? 3 : 2;
+
+template <class In, int kPrologue, int kTiles, int kBands>
+__global__ void __launch_bounds__(kThreads, down_blocks<kPrologue, kTiles>)
+    low_rank_down(__grid_constant__ Down const p) {
+  using Block = DownBlock<In, kPrologue, kTiles, kBands>;
+  constexpr int kSums = kBands * kTiles * 4;
   __shared__ Moments of_rows[Block::kRows];
   __shared__ float shared[kWarps / 2][kSums][32];
   int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first_rank = blockIdx.y * kTiles * 8;
   Block const block{p, lane, warp, lane >> 2, lane & 3};
-  if constexpr (kPrologue == kModulate) {
+  if constexpr (Block::kModulated) {
     for (int row = warp; row < Block::kRows; row += kWarps) {
       Moments const found = block.moments_of(block.x_of(block.row_at(row)));
       if (lane == 0) of_rows[row] = found;
     }
     __syncthreads();
   }
-  float sums[Block::kBands][kTiles][4] = {};
+  float sums[kBands][kTiles][4] = {};
   block.accumulate(sums, first_rank, of_rows);
   float* const flat = &sums[0][0][0];
 #pragma unroll
@@ -276,20 +315,33 @@ __global__ void __launch_bounds__(kThreads, 2) low_rank_down(__grid_constant__ D
   if (warp == 0) block.write(sums, first_rank);
 }
 
-template <class In, int kPrologue, int kTiles>
-int launch_down(Down const& p, cudaStream_t stream) {
-  constexpr int kRows = DownBlock<In, kPrologue, kTiles>::kRows, kRanks = 8 * kTiles;
+template <class In, int kPrologue, int kTiles, int kBands>
+int launch_blocks(Down const& p, cudaStream_t stream) {
+  constexpr int kRows = 16 * kBands, kRanks = 8 * kTiles;
   dim3 const grid((p.rows + kRows - 1) / kRows, (p.ranks + kRanks - 1) / kRanks);
-  low_rank_down<In, kPrologue, kTiles><<<grid, kThreads, 0, stream>>>(p);
+  low_rank_down<In, kPrologue, kTiles, kBands><<<grid, kThreads, 0, stream>>>(p);
   return cuda_status(cudaGetLastError());
+}
+
+// every block reads all of down: where that is more than x, two bands of 16 rows share it, if there are rows enough
+template <class In, int kPrologue, int kTiles>
+int launch_tiles(Down const& p, cudaStream_t stream) {
+  if (p.rows > kFewRows) return launch_blocks<In, kPrologue, kTiles, 2>(p, stream);
+  return launch_blocks<In, kPrologue, kTiles, 1>(p, stream);
 }
 
 // 48 at once are q, k and v of rank 16; of 64 two blocks take 32 each
 template <class In, int kPrologue>
 int launch_down(Down const& p, cudaStream_t stream) {
-  if (p.ranks <= 16) return launch_down<In, kPrologue, 2>(p, stream);
-  return p.ranks > 32 && p.ranks <= 48 ? launch_down<In, kPrologue, 6>(p, stream)
-                                       : launch_down<In, kPrologue, 4>(p, stream);
+  if (p.ranks <= 16) return launch_blocks<In, kPrologue, 2, 1>(p, stream);
+  return p.ranks > 32 && p.ranks <= 48 ? launch_tiles<In, kPrologue, 6>(p, stream)
+                                       : launch_tiles<In, kPrologue, 4>(p, stream);
+}
+
+template <class In>
+bool alike(Down const& p) {
+  bool const same = p.scale_dtype == dtype_of<In> && p.shift_dtype == dtype_of<In>;
+  return same && (p.vector_stride == 0 || p.rows_per_vector % 32 == 0);
 }
 
 template <class In>
@@ -300,7 +352,7 @@ int launch_down(Down const& p, int prologue, cudaStream_t stream) {
     case kGelu:
       return launch_down<In, kGelu>(p, stream);
     case kModulate:
-      return launch_down<In, kModulate>(p, stream);
+      return alike<In>(p) ? launch_down<In, kModulateAlike>(p, stream) : launch_down<In, kModulate>(p, stream);
     case kCatGelu:
       return launch_down<In, kCatGelu>(p, stream);
     default:

@@ -46,12 +46,6 @@ struct Problem {
   float inverse_k;
 };
 
-__device__ __forceinline__ float max_abs(float best, float v) {  // NaN wins
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(best), "f"(fabsf(v)));
-  return out;
-}
-
 template <class In, int kPrologue, bool kPrecise, int kMode>
 __device__ __noinline__ void repeat_damped(Problem const& p, float (&shared)[6][32], int runs, Moments m);
 

@@ -102,6 +102,12 @@ struct Moments {
 };
 constexpr float kTiny = 0x1p-80f;  // its factor where squares leave fp32; as reference.py does
 
+__device__ __forceinline__ float max_abs(float best, float v) {  // NaN wins
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(best), "f"(fabsf(v)));
+  return out;
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);

@@ -21,6 +21,7 @@ from convrot_bench.bench import Bench, GateError
 from convrot_bench.cli import app
 from convrot_bench.model import (
     TABLES,
+    attention,
     build,
     families,
     kernels,
@@ -63,6 +64,13 @@ CASES = {
     "loading": {"flux_quantize_load", "flux_load", "flux_checkpoint"},
     "lora": {"lora_rank16"},
     "branch": {"branch_rank16", "branch_rank16_compiled", "branch_rank16_vs_bf16"},
+    "attention": {
+        "fp8_attention",
+        "fp8_attention_compiled",
+        "fp8_attention_eager_vs_bf16",
+        "fp8_attention_compiled_vs_bf16",
+        "fp8_attention_compiled_vs_bf16_eager",
+    },
     "parallel": {
         f"flux_{case}"
         for case in (
@@ -145,6 +153,8 @@ def test_every_table_runs_end_to_end_on_a_toy(tmp_path, no_peer, monkeypatch, ta
         check_breakdown(rows)
     if table == "step":
         check_step(rows)
+    if table == "attention":
+        check_attention(rows)
     if table == "sizes":
         assert [tuple(r["shape"].values()) for r in rows] == 2 * [(32, 32, 2)] + 2 * [(64, 64, 2)]
     if table == "peers":
@@ -172,6 +182,48 @@ def check_step(rows):
     assert 0 < by_case["flux_step_eager"]["relative_l2"] < 0.5
     for case, row in by_case.items():
         assert row["fused"] == (not case.endswith("_unfused"))
+
+
+def check_attention(rows):
+    sides = {r["shape"]["height"]: [] for r in rows}
+    for r in rows:
+        sides[r["shape"]["height"]].append(r["case"])
+        assert r["baseline_name"] == ("BF16" if "_vs_bf16" in r["case"] else "ours, attention in 16 bits")
+        assert r["baseline_how"] == ("eager" if "eager" in r["case"] else r["how"])
+        assert 0 < r["relative_l2"] < 0.5
+        assert 0 < r["baseline_relative_l2"] < 0.5
+        assert r["relative_l2"] != r["baseline_relative_l2"]  # the two sides of ours compute something else
+    assert sides == {64: list(dict.fromkeys(sides[64])), 128: list(attention.LARGE)}
+    assert len({r["relative_l2"] for r in rows}) == 2  # each size has its own
+
+
+def test_graphs_of_attention_in_8_bits_are_compared_with_graphs(monkeypatch):
+    """Of compiled steps, and at the first size alone; in every round with all that they are compared with."""
+
+    def captured(bench, side, modes):
+        return {Contender(side.name, GRAPH_OF + mode): side.bind(mode) for mode in modes}
+
+    monkeypatch.setattr(attention, "graphs", captured)
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: setattr(m, "_compiled_call_impl", m._call_impl))
+    timed = []
+
+    def time_rounds(steps, device, rounds):
+        timed.append(set(steps))
+        return {contender: timing.Spread(1.0, 1.0, 1.0, 1) for contender in steps}
+
+    monkeypatch.setattr(attention, "time_rounds", time_rounds)
+    with torch.no_grad():
+        figures = list(attention.attention(bench_on_cpu()[0], TINY))
+    assert [f.case for f in figures] == [*attention.PAIRS, *attention.LARGE]
+    graph = GRAPH_OF + COMPILED
+    hows = {f.case: (f.more["how"], f.more["baseline_how"], f.baseline_name) for f in figures}
+    assert hows["fp8_attention_graph"] == (graph, graph, "ours, attention in 16 bits")
+    assert hows["fp8_attention_graph_vs_bf16"] == (graph, graph, "BF16")
+    every = (BF16, OURS, attention.WITH)
+    assert timed == [
+        {Contender(side, how) for side in every for how in (EAGER, COMPILED, graph)},
+        {Contender(side, COMPILED) for side in every},
+    ]
 
 
 # kernels as profilers name them: torch 2.11 on an H200, inductor's, ours mangled and not, and ops on a CPU

@@ -139,6 +139,30 @@ def test_ways_to_share_several_gpus_are_one_table(tmp_path):
     assert "with random weights: ring 0.300 (BF16 0.020); compiled from eager: 0.400." in table
 
 
+def test_attention_in_8_bits_is_one_table(tmp_path):
+    writer = Writer(tmp_path / "m.jsonl", "model", FACTS)
+
+    def write(case, size, ours, baseline, name):
+        spread = {"p10": 0.9 * ours, "p90": 1.1 * ours, "baseline_p10": 90.0, "baseline_p90": 110.0, "runs": 30}
+        more = MORE | spread | {"how": "compiled", "baseline_how": "eager", "relative_l2": 0.25}
+        more["baseline_relative_l2"] = 0.2
+        writer.write(case, shape_of(size), ours, baseline, "ms", name, **more)
+
+    write("fp8_attention_compiled_vs_bf16_eager", 1024, 70.0, 175.0, "BF16")
+    write("fp8_attention_compiled", 1024, 70.0, 77.0, "ours, attention in 16 bits")
+    write("fp8_attention_compiled", 2048, 400.0, 500.0, "ours, attention in 16 bits")
+    table = report.TABLES["model"](load([tmp_path / "m.jsonl"]))
+    assert "`fp8_attention_compiled" not in table
+    assert "each side the median of 30. Relative L2 of one step against BF16's" in table
+    assert [line for line in table.splitlines() if line.startswith("| ")][2:] == [
+        "| 1024 x 1024 | compiled | 70.0 | 63.0–77.0 | ours, attention in 16 bits | eager | 77.0 | 90.0–110.0 | 1.10 "
+        "| 0.250, 0.200 |",
+        "| 2048 x 2048 | compiled | 400.0 | 360.0–440.0 | ours, attention in 16 bits | eager | 500.0 | 90.0–110.0 | 1.25 "
+        "| 0.250, 0.200 |",
+        "| 1024 x 1024 | compiled | 70.0 | 63.0–77.0 | BF16 | eager | 175.0 | 90.0–110.0 | 2.50 | 0.250, 0.200 |",
+    ]
+
+
 def test_a_long_error_is_cut_and_what_was_never_run_says_so(tmp_path):
     writer = Writer(tmp_path / "m.jsonl", "model", FACTS)
     more = MORE | {"how": "eager", "peer_version": "1", "error": "RuntimeError: when calling `f(" + " descriptor" * 40}

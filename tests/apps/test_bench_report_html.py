@@ -43,6 +43,8 @@ def write_rows(folder):
     op("survey/scaled_mm", {"model": "FLUX.1-dev", "M": 4608, "N": 3072, "K": 3072}, 67.0, 130.0, **survey)
     more = {"fused": 12.0, "gb_s": 3000.0, "backend": "triton"}
     op("rotations/dense", {"M": 4608, "K": 3072}, 19.0, 26.0, "dense product", baseline_gb_s=2000.0, **more)
+    eight = {"tflops": 850.0, "baseline_tflops": 600.0, "relative_l2": 0.08, "baseline_relative_l2": 0.003}
+    op("attention_fp8", {"tokens": 4608, "heads": 24, "D": 128}, 300.0, 420.0, "cuDNN attention bf16", **eight)
     op("rotations/x", {"M": 4608, "K": 3072}, 19.0, None, "<b>x</b>", error="ImportError: no <x>", **more)
     shape = shape_of(1024)
     for case in ("flux_step_compiled", "flux_step_best"):
@@ -108,7 +110,9 @@ def test_every_line_of_the_contents_leads_to_a_chapter(made):
     loads = Loads()
     loads.feed(text)
     targets = [link[1:] for link in loads.links if link.startswith("#")]
-    assert targets == ["summary", "models", "kernels", "survey", "steps", "rotations", "peers", "quality", "sources"]
+    assert targets == [
+        "summary", "models", "kernels", "survey", "steps", "rotations", "peers", "attention", "quality", "sources",
+    ]  # fmt: skip
     assert all(f'<section id="{target}">' in text for target in targets)
 
 

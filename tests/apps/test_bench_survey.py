@@ -12,14 +12,32 @@ from convrot_bench import html, shapes, survey_sections
 from convrot_bench.bench import Bench, GateError
 from convrot_bench.cli import app
 from convrot_bench.family_table import released_plan
-from convrot_bench.ops import breakdown, clock, gates, layer_peers, plan, products, rotation_peers, row_ops, survey
+from convrot_bench.ops import (
+    attention,
+    breakdown,
+    clock,
+    gates,
+    layer_peers,
+    plan,
+    products,
+    rotation_peers,
+    row_ops,
+    survey,
+)
 from convrot_bench.ops.ceiling import Ceiling
 from convrot_bench.ops.problems import Source
 from convrot_bench.results import REQUIRED, load
 from convrot_bench.shapes import FAMILIES, MINI_FLUX, Family
-from convrot_bench.survey_tables import is_extra, peers_table, rotations_table, steps_table, survey_table
-from convrot_kernels import ops as public
+from convrot_bench.survey_tables import (
+    attention_ops_table,
+    is_extra,
+    peers_table,
+    rotations_table,
+    steps_table,
+    survey_table,
+)
 from convrot_kernels import pack_int4, rotate
+from convrot_kernels import ops as public
 
 TINY = Family(
     name="FLUX.1-dev", tokens=24, text=8, linears=((256, 256), (512, 256), (256, 512)),
@@ -60,7 +78,10 @@ def plain_stages(monkeypatch):
 # the survey
 
 
-def test_survey_command_measures_every_public_op(tmp_path, few, monkeypatch):
+OF_ATTENTION = {"norm_rope_fp8", "norm_rope_joint_fp8", "attention_fp8"}  # which have a case of their own
+
+
+def test_survey_command_measures_every_other_public_op(tmp_path, few, monkeypatch):
     monkeypatch.setattr("convrot_bench.ops.survey.MINI_FLUX", TINY)
     monkeypatch.setattr("convrot_bench.ops.ceiling.CPU_PRODUCTS", ((64, 64, 256),))
     out = tmp_path / "ops.jsonl"
@@ -69,7 +90,7 @@ def test_survey_command_measures_every_public_op(tmp_path, few, monkeypatch):
     rows = load([out])
     schemas = {schema.partition("(")[0] for schema in public.SCHEMAS}
     measured = {r["case"].removeprefix("survey/") for r in rows if r["case"].startswith("survey/")}
-    assert measured == schemas | {"prepare_weight", "restore_weight"}
+    assert measured == schemas - OF_ATTENTION | {"prepare_weight", "restore_weight"}
     assert all(key in r for r in rows for key in REQUIRED)
     assert all(is_extra(r) for r in rows)
     assert rows[0]["case"] == "ceiling/copy"
@@ -283,6 +304,89 @@ def test_a_peer_that_no_graph_takes_meets_ours_on_equal_terms(monkeypatch):
     assert seconds == {"": 1.0, "c": 1.0}
 
 
+# attention
+
+
+def test_attention_command_measures_both_ways(tmp_path, few, monkeypatch):
+    monkeypatch.setattr("convrot_bench.shapes.MINI_FLUX_ATTENTION", ((40, 3, 64),))
+    out = tmp_path / "ops.jsonl"
+    result = CliRunner().invoke(app, ["ops", "--case", "attention", "--device", "cpu", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = load([out])
+    assert [r["case"] for r in rows] == ["attention_fp8", "attention_fp8_with_norm"]  # and no ceiling
+    for r in rows:
+        assert all(key in r for key in REQUIRED)
+        assert is_extra(r)
+        assert r["shape"] == {"tokens": 40, "heads": 3, "D": 64}
+        assert r["backend"] == r["auto"] == "reference"
+        assert 0.02 < r["relative_l2"] < 0.1
+        assert r["baseline_relative_l2"] < 0.01
+        for rate, figure in (("tflops", "ours"), ("baseline_tflops", "baseline")):
+            assert r[rate] == pytest.approx(4 * 40**2 * 3 * 64 / r[figure] / 1e6)
+    assert [r["baseline_name"] for r in rows] == ["torch attention bf16", "norm_rope, torch attention bf16"]
+
+
+def test_attention_of_a_gpu_is_measured_at_the_sizes_of_flux():
+    labels = [job.label for job in plan(Bench("cuda", ("cutlass",), str), ["attention"], ((), ()), 1)]
+    assert labels == [f"attention {tokens} x 24 x 128" for tokens in (4608, 1536, 16896)]
+
+
+def test_attention_needs_a_gpu_that_has_it_in_8_bits(monkeypatch):
+    monkeypatch.setattr(attention.cudnn, "why_not", lambda device: "an old GPU")
+    with pytest.raises(GateError, match="attention_fp8 does not run on cuda: an old GPU"):
+        next(attention.measure(Bench("cuda", ("cutlass",), str), 40, 3, 64))
+
+
+def test_attention_in_fp32_goes_row_by_row(monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", 7)
+    q, k, v = torch.randn(3, 2, 24, 3, 16).unbind()
+    wide = (x.double().transpose(1, 2) for x in (q, k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
+    torch.testing.assert_close(attention.attended(q, k, v).double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda out: out.flip(1), r"at (1, 40, 2, 64) disagrees: relative error"),
+        (lambda out: out.index_fill(2, torch.tensor([1]), float("nan")), "at (1, 40, 3, 64): its output holds NaN"),
+    ],
+    ids=["rows", "a head that is not compared"],
+)
+def test_attention_that_is_wrong_is_not_timed(few, monkeypatch, side, wrong, said):
+    for number, way in enumerate(attention.WAYS):
+        right = getattr(way, side)
+        broken = way._replace(**{side: lambda *args, right=right: wrong(right(*args))})
+        monkeypatch.setattr(attention, "WAYS", (broken,))
+        bench = bench_on_cpu()
+        with torch.no_grad():
+            assert list(attention.measure(bench, 40, 3, 64)) == []
+        assert len(bench.failures) == 1
+        assert said in bench.failures[0], number
+
+
+def attention_rows():
+    shape, more = {"tokens": 4608, "heads": 24, "D": 128}, {"tflops": 850.0, "baseline_tflops": 600.0}
+    more |= {"relative_l2": 0.0791, "baseline_relative_l2": 0.0031}
+    return [
+        extra_row("attention_fp8", shape, 3.0, **more),
+        extra_row("attention_fp8_with_norm", shape, 4.0, **more),
+    ]
+
+
+def test_the_table_and_the_chart_of_attention_have_both_ways(monkeypatch):
+    rows, drawn = attention_rows(), {}
+    table = attention_ops_table(rows)
+    line = "| tokens=4608, heads=24, D=128 | 2.0 | {} | 850.0 | 600.0 | 0.079, 0.0031 |"
+    assert "| attention " + line.format("3.0 | 1.50") in table
+    assert "| norm, rotary embedding and attention " + line.format("4.0 | 2.00") in table
+    monkeypatch.setattr(survey_sections, "bars", lambda title, values, axis, at: drawn.update(values))
+    survey_sections.attention(html.Source(rows))
+    assert drawn == {"4608 tokens": {"attention": 1.5, "norm, rotary embedding and attention": 2.0}}
+    assert attention_ops_table([]) == "No attention in 8 bits is committed yet."
+
+
 def extra_row(case, shape, baseline, **more):
     row = {"bench": "ops", "case": case, "shape": shape, "ours": 2.0, "baseline": baseline, "unit": "us", "gpu": "g"}
     row |= {"ratio": None if baseline is None else baseline / 2, "torch": "t", "commit": "c", "run_id": "r"}
@@ -350,6 +454,8 @@ def test_extra_cases_run_on_a_gpu(few, monkeypatch):
         figures += breakdown.measure(bench, 512, 1024, 1024, ceiling=ceiling)
         figures += rotation_peers.compare(bench, 512, 1024, ceiling=ceiling)
         figures += layer_peers.compare(bench, 512, 1024, 1024, ceiling=ceiling)
+        if attention.cudnn.why_not(torch.device("cuda")) is None:
+            figures += attention.measure(bench, 1536, 24, 128)
     assert not bench.failures
     absent = [f for f in figures if f.baseline is None]
     assert all("No module named" in f.more["error"] or "fp8" in f.case for f in absent), absent

@@ -16,6 +16,7 @@ from convrot_bench.quality.svdquant import GELU_SHIFT, SVDQuantLinear, branch_ra
 from convrot_kernels import transforms
 from convrot_kernels.testing import make_inputs
 from convrot_quant import ConvLinear4bit, QuantConfig, Scheme
+from convrot_quant.families.blocks import FusedBlock
 
 BY_NAME = {method.name: method for method in METHODS}
 REGULAR = Rotation(transforms.regular(256))
@@ -401,6 +402,16 @@ def test_emulated_methods_replace_the_layers_of_their_preset(model, name):
     assert len(replaced) == (20 if name != "regular1024" else 2)  # K = 2048
     assert name == "regular1024" or built.bytes < before / 3
     assert sum(built.macs.values()) >= sum(linears[n].weight.numel() for n in built.layers)
+
+
+def test_attention_in_8_bits_is_ours_and_nothing_else_in_its_layers(model):
+    built, switched = {}, {}
+    for name in ("ours_w4a4", "ours_w4a4_fp8_attention"):
+        copied = copy.deepcopy(model)
+        built[name] = BY_NAME[name].build(copied)
+        switched[name] = [block.fp8_attention for block in copied.modules() if isinstance(block, FusedBlock)]
+    assert switched == {"ours_w4a4": [False] * 2, "ours_w4a4_fp8_attention": [True] * 2}
+    assert built["ours_w4a4"] == built["ours_w4a4_fp8_attention"]
 
 
 def test_a_method_that_calibrates_says_what_it_lacks(model):

@@ -144,6 +144,7 @@ def run_small(tmp_path, split="tuning", **more):
     cases = [BY_NAME["gaussian/gaussian"], BY_NAME["token_outliers/gaussian"], BY_NAME["adaln_shifted/heavy_tailed"]]
     writer, said = Writer(tmp_path / "q.jsonl", "quality", FACTS), []
     methods = some("paper_w4a4", "ours_w4a4", "ours_w4a8", "lever_peel_group", "lever_shift", "sylvester256")
+    methods += some("plan_at_paper_bytes", "ours_w4a4_fp8_attention")  # of whole models: neither has layers here
     synthetic_suite.run(writer, "cpu", said.append, methods=methods, split=split, cases=cases, tokens=32, outputs=64)
     return {row["case"]: row for row in load([tmp_path / "q.jsonl"])}, said
 
@@ -164,6 +165,7 @@ def test_the_suite_writes_errors_of_every_method_and_case(tmp_path, monkeypatch)
     by_case = {name: rows[f"{name}/layer_l2_median"]["layer_l2"] for name in ("ours_w4a4", "lever_shift")}
     assert by_case["lever_shift"]["adaln_shifted/heavy_tailed"] < by_case["ours_w4a4"]["adaln_shifted/heavy_tailed"]
     assert rows["sylvester256/layer_l2_worst"]["worst_layer"] in paper["layer_l2"]
+    assert not [case for case in rows if case.startswith(("plan_", "ours_w4a4_fp8_attention"))]
 
 
 def test_an_unknown_split_is_refused(tmp_path):

@@ -14,6 +14,7 @@ import convrot_quant.cli.generate
 from convrot_quant import QuantConfig
 from convrot_quant.cli import app
 from convrot_quant.cli.options import read_vram
+from convrot_quant.cli.switches import takes_graphs
 from convrot_quant.generation import Settings
 from convrot_quant.offload import components
 from convrot_quant.pipeline import open_folder, outline_pipeline
@@ -124,18 +125,16 @@ def _resident(method: str = "none") -> SimpleNamespace:
 def test_graphs_are_taken_where_they_help_or_are_asked_for(
     asked: bool | None, side: int, method: str, expected: bool
 ) -> None:
-    run: Any = SimpleNamespace(cuda_graphs=asked)
-    arguments: dict[str, Any] = {"height": side, "width": side}
+    arguments = {"height": side, "width": side}
     offload: Any = _resident(method)
-    assert convrot_quant.cli.generate._graphs(run, arguments, offload) is expected
-    assert not convrot_quant.cli.generate._graphs(run, arguments, None)  # no GPU
+    assert takes_graphs(asked, arguments, offload) is expected
+    assert not takes_graphs(asked, arguments, None)  # no GPU
 
 
 def test_graphs_and_offloading_exclude_each_other() -> None:
-    run: Any = SimpleNamespace(cuda_graphs=True)
     offload: Any = _resident("group")
     with pytest.raises(ValueError, match="--cuda-graphs needs the whole pipeline on the GPU"):
-        convrot_quant.cli.generate._graphs(run, {"height": 512, "width": 512}, offload)
+        takes_graphs(True, {"height": 512, "width": 512}, offload)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ console = Console(stderr=True, highlight=False)
 
 PAGE = Path("docs/report.html")
 MODEL_OUT, TINY_OUT = Path("docs/results/model.jsonl"), Path("outputs/model_tiny.jsonl")
-TABLES = "step, sizes, peers, families, pipeline, breakdown, loading, lora, branch, conversion, vram or parallel"
+TABLES = (
+    "step, sizes, peers, families, pipeline, breakdown, loading, lora, branch, attention, conversion, vram or parallel"
+)
 CASES = (
     "gemm_w4a4, linear_w4a4, linear_w4a4_vs_comfy_kitchen, gemm_step, gemv_w4a16, rotate_quantize, "
-    "rotate_quantize_triton, host_cost, weight_bits; by name only: survey, breakdown, rotations, peers"
+    "rotate_quantize_triton, host_cost, weight_bits; by name only: survey, breakdown, rotations, peers, attention"
 )
 FAMILIES = "FLUX.1-dev, SD3.5-large, Qwen-Image, Wan2.2-T2V-A14B, Z-Image-Turbo or mini-flux"
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
@@ -41,8 +43,8 @@ def ops(
     """Time the ops of every backend that runs here, after checking each against the reference.
 
     Five minutes on a GPU: sustained, as CUDA graphs, each against its 16-bit counterpart in the same process.
-    survey, breakdown, rotations and peers are asked for by name: every op at the shapes of five models, what its
-    steps cost by themselves, and other projects; each a minute or two.
+    survey, breakdown, rotations, peers and attention are asked for by name: every op at the shapes of five models,
+    what its steps cost by themselves, other projects, and attention in 8 bits; each a minute or two.
 
     Example:  convrot-bench ops --case gemm_w4a4 --case gemm_step --out outputs/ops.jsonl
 

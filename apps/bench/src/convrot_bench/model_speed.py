@@ -5,6 +5,7 @@ from collections.abc import Callable
 from statistics import median
 from textwrap import shorten
 
+from convrot_bench.attention_table import attention_table, is_attention
 from convrot_bench.bars import MET, MISSED, Check, Row, Rows, by_shape, constant, current, head, named, on_gpus
 from convrot_bench.model.kernels import MODULATION, ROTATE, TITLES
 from convrot_bench.model.peers import PEERS
@@ -25,16 +26,17 @@ def _head(rows: Rows) -> str:
 
 
 def model_table(rows: Rows) -> str:
-    """A table a case; of several GPUs, of all peers and of the breakdown one each."""
+    """A table a case; of attention in 8 bits, of several GPUs, of all peers and of the breakdown one each."""
     rows = current(on_gpus(rows), "model")
     if not rows:
         return NOTHING
     parts = [_head(rows)]
     for case in dict.fromkeys(r["case"] for r in rows):
-        if not (case.startswith((BREAKDOWN, PEER)) or is_parallel(case)):
+        if not (case.startswith((BREAKDOWN, PEER)) or is_parallel(case) or is_attention(case)):
             parts.append(_case_table([r for r in rows if r["case"] == case]))
-    if shared := [r for r in rows if is_parallel(r["case"])]:
-        parts.append(parallel_table(shared))
+    for is_of, table in ((is_attention, attention_table), (is_parallel, parallel_table)):
+        if some := [r for r in rows if is_of(r["case"])]:
+            parts.append(table(some))
     for prefix, table in ((PEER, _peer_table), (BREAKDOWN, _breakdown_table)):
         if some := [r for r in rows if r["case"].startswith(prefix)]:
             parts.append(table(some))

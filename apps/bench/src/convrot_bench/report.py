@@ -17,7 +17,7 @@ from convrot_bench.quality.tables import (
 )
 from convrot_bench.results import load
 from convrot_bench.speed import bars_table, ops_table
-from convrot_bench.survey_tables import peers_table, rotations_table, steps_table, survey_table
+from convrot_bench.survey_tables import attention_ops_table, peers_table, rotations_table, steps_table, survey_table
 
 Rows = list[dict[str, Any]]
 
@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "steps": steps_table,
     "rotations": rotations_table,
     "op_peers": peers_table,
+    "op_attention": attention_ops_table,
 }
 _FAMILIES = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)

@@ -20,7 +20,7 @@ from convrot_bench.quality.tables import (
     quality_synthetic_table,
 )
 from convrot_bench.speed import bars_table, ops_table
-from convrot_bench.survey_sections import BACKENDS, peers, rotations, steps, survey
+from convrot_bench.survey_sections import BACKENDS, attention, peers, rotations, steps, survey
 from convrot_bench.survey_tables import is_extra, middle, that_ran
 
 
@@ -221,5 +221,5 @@ def sources(source: Source) -> Section | None:
 
 
 SECTIONS: tuple[html.MakeSection, ...] = (
-    summary, html.changes, models, ops, survey, steps, rotations, peers, quality, sources,
+    summary, html.changes, models, ops, survey, steps, rotations, peers, attention, quality, sources,
 )  # fmt: skip

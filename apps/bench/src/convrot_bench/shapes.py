@@ -102,5 +102,9 @@ MINI_FLUX = Family(
 CEILING_PRODUCTS = ((8192, 8192, 8192), (16384, 8192, 4096), (4608, 12288, 12288))
 CEILING_COPY = 1 << 30  # bytes read and written
 
+# tokens, heads, columns of a head: FLUX.1-dev at 1024 x 1024, 512 x 512 and 2048 x 2048, 512 tokens of text among them
+ATTENTION = ((4608, 24, 128), (1536, 24, 128), (16896, 24, 128))
+MINI_FLUX_ATTENTION = ((96, 8, 64),)
+
 ROTATED = ((4608, 3072), (4608, 12288), (32760, 5120))  # (M, K) of FLUX.1-dev and Wan
 PEER_PRODUCTS = ((4608, 3072, 3072), (4608, 12288, 3072), (4608, 3072, 12288))

@@ -1,4 +1,4 @@
-"""Chapters of the HTML report on what `convrot-bench ops` measures by name: survey, steps, rotations, peers."""
+"""Chapters of the HTML report on what `convrot-bench ops` measures by name: all that is none of the bars."""
 
 from statistics import median
 
@@ -103,3 +103,17 @@ def peers(source: Source) -> Section | None:
         "on both sides and the largest error, which the table has too."
     )
     return Section("peers", "Other products and layers", _noted(intro, rows), charts=chart, parts=parts)
+
+
+def attention(source: Source) -> Section | None:
+    """8-bit operands against 16-bit ones."""
+    rows = survey_tables.attention_rows(source.rows)
+    if not rows:
+        return None
+    values: dict[str, dict[str, float]] = {}
+    for group in groups_of(rows):
+        line = values.setdefault(f"{group[0]['shape']['tokens']} tokens", {})
+        line[survey_tables.ATTENTION[group[0]["case"]]] = middle(group, "ratio")
+    chart = bars("Attention in 8 bits against 16: how many times faster", values, "times faster", at=1)
+    parts = [markdown(survey_tables.attention_ops_table(source.rows), "Every figure of attention")]
+    return Section("attention", "Attention in 8 bits", _noted("", rows), charts=[chart], parts=parts)

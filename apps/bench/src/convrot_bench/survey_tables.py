@@ -6,6 +6,7 @@ from statistics import median
 from convrot_bench.bars import Row, Rows, by_shape, current, head, named
 
 SURVEY, CEILING, BREAKDOWN, ROTATIONS, PEERS = "survey/", "ceiling/", "breakdown", "rotations/", "peers/"
+ATTENTION = {"attention_fp8": "attention", "attention_fp8_with_norm": "norm, rotary embedding and attention"}
 STEPS = {
     "rotate": "rotate", "scale": "scale", "quantize": "quantize", "pack": "pack (not in the sum)", "gemm": "GEMM",
     "epilogue": "epilogue",
@@ -14,7 +15,7 @@ STEPS = {
 
 def is_extra(row: Row) -> bool:
     """Whether a row of ops is none of the bars' cases."""
-    return row["case"] == BREAKDOWN or row["case"].startswith((SURVEY, CEILING, ROTATIONS, PEERS))
+    return row["case"] in (BREAKDOWN, *ATTENTION) or row["case"].startswith((SURVEY, CEILING, ROTATIONS, PEERS))
 
 
 def rows_of(rows: Rows, case: str) -> Rows:
@@ -153,6 +154,33 @@ def peers_table(rows: Rows) -> str:
     what = (
         "Products of PyTorch against `scaled_mm`, layers of other projects against the whole op: rotate, quantize, "
         "multiply, bias."
+    )
+    return "\n\n".join([_head(some), what, _table(columns, lines)])
+
+
+def attention_rows(rows: Rows) -> Rows:
+    """Those of both ways to measure attention."""
+    return [r for case in ATTENTION for r in rows_of(rows, case)]
+
+
+def attention_ops_table(rows: Rows) -> str:
+    """A line a number of tokens, for attention alone and for what makes its operands too."""
+    some = attention_rows(rows)
+    if not some:
+        return "No attention in 8 bits is committed yet."
+    columns = ("what", "shape", "8 bits, us", "16 bits, us", "times", "8 bits, TFLOPS", "16 bits, TFLOPS",
+               "rel. L2: 8 bits, 16 bits")  # fmt: skip
+    lines = []
+    for group in groups_of(some):
+        first = group[0]
+        keys = ("tflops", "baseline_tflops")
+        errors = f"{middle(group, 'relative_l2'):.3f}, {middle(group, 'baseline_relative_l2'):.4f}"
+        lines.append([ATTENTION[first["case"]], named(first["shape"]), _micro(middle(group, "ours")),
+                      _micro(middle(group, "baseline")), _times(group),
+                      *(_micro(middle(group, key)) for key in keys), errors])  # fmt: skip
+    what = (
+        "`attention_fp8` against cuDNN in bf16, alone and behind `norm_rope_fp8`, `norm_rope`, on Gaussian values; "
+        "relative L2 against attention in fp32."
     )
     return "\n\n".join([_head(some), what, _table(columns, lines)])
 

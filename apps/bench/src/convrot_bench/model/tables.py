@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from convrot_bench.bench import Bench, Job
+from convrot_bench.model.attention import attention
 from convrot_bench.model.branch import branch
 from convrot_bench.model.breakdown import breakdown
 from convrot_bench.model.configs import REAL, TINY, Scale
@@ -35,6 +36,7 @@ TABLES: dict[str, dict[str, Measure]] = {
     "loading": {"loading": loading},
     "lora": {"lora": lora},
     "branch": {"branch": branch},
+    "attention": {"attention": attention},
     "conversion": {"conversion": conversion},
     "vram": {"vram": vram},
     "parallel": {"parallel": parallel},

@@ -8,8 +8,9 @@ import torch
 
 from convrot_bench import shapes
 from convrot_bench.bench import Bench, Job
-from convrot_bench.ops import breakdown, layer_peers, medians, peers, rotation_peers, survey
+from convrot_bench.ops import attention, breakdown, layer_peers, medians, peers, rotation_peers, survey
 from convrot_bench.ops.ceiling import Ceiling
+from convrot_bench.ops.clock import is_gpu
 from convrot_bench.ops.costs import host_cost, weight_bits
 from convrot_bench.ops.linears import gemm_w4a4, gemv_w4a16, linear_w4a4
 from convrot_bench.ops.peers import linear_w4a4_vs_comfy_kitchen
@@ -25,8 +26,9 @@ CASES = (
 )  # fmt: skip
 CPU_CASES = ("gemm_w4a4", "linear_w4a4", "rotate_quantize")
 # asked for by name: much more than the bars, each in a minute or two
-EXTRA_CASES = ("survey", "breakdown", "rotations", "peers")
-EXTRA_CPU_CASES = ("survey",)
+SHARES = ("survey", "breakdown", "rotations", "peers")  # of the ceiling of their run
+EXTRA_CASES = (*SHARES, "attention")
+EXTRA_CPU_CASES = ("survey", "attention")
 
 Sizes = tuple[Sequence[tuple[int, int]], Sequence[int]]
 
@@ -57,18 +59,16 @@ def plan(
     bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int, families: Sequence[shapes.Family] = ()
 ) -> list[Job]:
     """The jobs of the cases on the bench's device, in order; `families` are what the survey takes."""
-    extra = _extra(cases, families)
+    extra = _extra(bench, cases, families)
     if not set(cases) - set(EXTRA_CASES):
         return extra
     return _bars(bench, cases, sizes, repeats) + extra
 
 
-def _extra(cases: Sequence[str], families: Sequence[shapes.Family]) -> list[Job]:
-    """The ceiling of this run first: it is what the rest is a share of."""
-    if not set(cases) & set(EXTRA_CASES):
-        return []
+def _extra(bench: Bench, cases: Sequence[str], families: Sequence[shapes.Family]) -> list[Job]:
+    """The ceiling of this run first: it is what most of the rest is a share of."""
     ceiling = Ceiling()
-    jobs = [Job("ceiling", ceiling.measure)]
+    jobs = [Job("ceiling", ceiling.measure)] if set(cases) & set(SHARES) else []
     if "survey" in cases:
         jobs += survey.jobs(ceiling, families)
     if "breakdown" in cases:
@@ -78,6 +78,9 @@ def _extra(cases: Sequence[str], families: Sequence[shapes.Family]) -> list[Job]
         jobs += [_job("rotations", rotation_peers.compare, *mk, ceiling=ceiling) for mk in shapes.ROTATED]
     if "peers" in cases:
         jobs += [_job("peers", layer_peers.compare, *mnk, ceiling=ceiling) for mnk in shapes.PEER_PRODUCTS]
+    if "attention" in cases:
+        sizes = shapes.ATTENTION if is_gpu(bench.device) else shapes.MINI_FLUX_ATTENTION
+        jobs += [_job("attention", attention.measure, *one) for one in sizes]
     return jobs
 
 

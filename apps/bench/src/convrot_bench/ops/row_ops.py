@@ -140,7 +140,7 @@ def norms(family: Family) -> list[RowOp]:
     shape = {"model": family.name, "M": s, "heads": heads, "D": size}
 
     def single(source: Source) -> tuple[Tensor, ...]:
-        return (source.inputs(s, 2 * columns)[None], *_norm_weights(source, size, 2), *_tables(source, s, size))
+        return (source.inputs(s, 2 * columns)[None], *norm_weights(source, size, 2), *rotary_tables(source, s, size))
 
     tables = 8 * s * size
     one = RowOp("norm_rope", shape, 8 * s * columns + tables, single, norm_rope, _gate_norm(norm_rope))
@@ -149,17 +149,18 @@ def norms(family: Family) -> list[RowOp]:
 
     def joint(source: Source) -> tuple[Tensor, ...]:
         text, image = source.inputs(t, 3 * columns)[None], source.inputs(s - t, 3 * columns)[None]
-        return (text, image, *_norm_weights(source, size, 4), *_tables(source, s, size))
+        return (text, image, *norm_weights(source, size, 4), *rotary_tables(source, s, size))
 
     moved = 12 * s * columns + tables
     return [one, RowOp("norm_rope_joint", shape, moved, joint, norm_rope_joint, _gate_norm(norm_rope_joint))]
 
 
-def _norm_weights(source: Source, size: int, count: int) -> list[Tensor]:
+def norm_weights(source: Source, size: int, count: int) -> list[Tensor]:
+    """(D,) bf16 each, around 1."""
     return [1 + 0.1 * source.vector(size) for _ in range(count)]
 
 
-def _tables(source: Source, tokens: int, size: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(source: Source, tokens: int, size: int) -> tuple[Tensor, Tensor]:
     """cos and sin (S, D) fp32, the same for both of a pair."""
     angles = source.normal(tokens, size // 2).repeat_interleave(2, dim=1)
     return angles.cos(), angles.sin()

@@ -15,7 +15,7 @@ from convrot_bench.quality.planned import EIGHT_BIT_ACTIVATIONS, preset_bytes, s
 from convrot_bench.quality.roles import Roles
 from convrot_bench.quality.svdquant import branch_rank, svdquant
 from convrot_kernels import transforms
-from convrot_quant import Calibration, ConvLinear4bit, Plan, Scheme, apply, plan, quantize_
+from convrot_quant import Calibration, ConvLinear4bit, Plan, Scheme, apply, fp8_attention_, plan, quantize_
 from convrot_quant.patch import model_bytes
 
 BASELINE = "paper_w4a4"
@@ -54,6 +54,7 @@ class Method:
     emulated: bool = True
     needs_inputs: bool = False
     decide: Callable[[nn.Module], Plan] | None = None  # instead of a preset
+    fp8_attention: bool = False  # of the product's fused blocks
 
     def build(self, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Built:
         """Quantize a fresh 16-bit model in place; `inputs`: {layer: (rows, K)}."""
@@ -61,6 +62,8 @@ class Method:
             raise ValueError(f"{self.name}: the method needs inputs of the layers; capture them on tuning captions")
         if not self.emulated:
             decided = self._quantize(model, inputs if self.needs_inputs else None)
+            if self.fp8_attention:
+                fp8_attention_(model)
             costs = [cost_of(layer.out_features, layer.in_features, decided[layer.name]) for layer in _kept(decided)]
             return Built(tuple(decided), len(decided), model_bytes(model), _sum(costs))
         return self._emulate(model, plan(model, self.preset), inputs or {})
@@ -239,6 +242,14 @@ _RIVALS = (
 )  # fmt: skip
 _OURS = (
     Method("ours_w4a4", "ours, W4A4 (default)", "ours", product, emulated=False),
+    Method(
+        "ours_w4a4_fp8_attention",
+        "ours, W4A4, attention in 8 bits",
+        "ours",
+        product,
+        emulated=False,
+        fp8_attention=True,
+    ),
     Method("ours_w4a4_r16", "ours, W4A4 + branch of rank 16", "ours-r16", product, emulated=False),
     Method("ours_w4a4_r32", "ours, W4A4 + branch of rank 32", "ours-r32", product, emulated=False),
     Method("ours_w4a4_gptq", "ours, W4A4, calibrated", "ours", calibrated, emulated=False, needs_inputs=True),

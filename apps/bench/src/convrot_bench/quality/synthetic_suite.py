@@ -88,7 +88,8 @@ def run(
     """
     if split not in SEEDS:
         raise ValueError(f"quality: unknown split {split!r}; use one of {', '.join(SEEDS)}")
-    methods = [m for m in methods if m.decide is None]  # a planner has a whole model to divide its bytes over
+    # a planner has a whole model to divide its bytes over, and attention is no layer
+    methods = [m for m in methods if m.decide is None and not m.fp8_attention]
     found: dict[str, dict[str, list[Found]]] = {m.name: {} for m in methods}
     for case in cases:
         for seed in SEEDS[split]:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from convrot_quant.attention import fp8_attention_
 from convrot_quant.cli.machine import machine
 from convrot_quant.cli.options import (
     AUTO,
@@ -17,6 +17,7 @@ from convrot_quant.cli.options import (
     Device,
     DType,
     Dtype,
+    Fp8Attention,
     Guidance,
     Height,
     Json,
@@ -38,6 +39,7 @@ from convrot_quant.cli.options import (
 )
 from convrot_quant.cli.output import Output, figures_table, hush, images_table
 from convrot_quant.cli.runs import check_image_file, picture_entries, prepare, preset_variant, write_sheet
+from convrot_quant.cli.switches import check_attention, check_fused, check_graphs, takes_graphs
 from convrot_quant.compare import Result, Variant, compare, dtype_name
 from convrot_quant.config import QuantConfig
 from convrot_quant.generation import Picture, Settings
@@ -60,8 +62,6 @@ from convrot_quant.presets import PRESETS
 from convrot_quant.replicas import World, gather, own_device, share, world
 
 NONE = "none"
-LARGE = 1024
-GRAPHED_PIXELS = 768 * 768  # of an image; at more the GPU is slower than the host that launches its kernels
 EXAMPLES = """Examples:
 
 convrot generate ./FLUX.1-dev-4bit --prompt "a red cube in front of a blue sphere" -o image.png
@@ -102,6 +102,7 @@ class Run:
     device: str
     vram: int | None  # bytes of a GPU that may be used; None on other devices
     cuda_graphs: bool | None  # None: where they help
+    fp8_attention: bool
     here: World
 
     @property
@@ -128,6 +129,7 @@ def command(
     device: Device = "auto",
     vram: Vram = AUTO,
     cuda_graphs: CudaGraphs = None,
+    fp8_attention: Fp8Attention = False,
     dtype: Dtype = DType.bfloat16,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -144,22 +146,19 @@ def command(
     if sheet is not None and here.size > 1:
         raise typer.BadParameter(f"--sheet is made by one process, and this run has {here.size}; start it without them")
     place = read_device(own_device(device, here))
+    check_graphs(cuda_graphs, place, sheet)
+    if fp8_attention:
+        check_attention(place, sheet)
     memory = budget(place, read_vram(vram, place))
     folder = open_folder(model)
     _check_options(folder, preset, reference, sheet)
-    _check_graphs(cuda_graphs, place, sheet)
-    run = Run(output, folder, preset, prompts, settings, out, dtype, place, memory, cuda_graphs, here)
+    if fp8_attention and preset == NONE and not folder.is_quantized:
+        raise typer.BadParameter(f"--fp8-attention is of quantized models: leave it out, or --preset {NONE}")
+    run = Run(output, folder, preset, prompts, settings, out, dtype, place, memory, cuda_graphs, fp8_attention, here)
     if sheet is None:
         _draw(run)
     else:
         _draw_both(run, folder if reference is None else open_16bit(reference), sheet)
-
-
-def _check_graphs(cuda_graphs: bool | None, device: str, sheet: Path | None) -> None:
-    if cuda_graphs and torch.device(device).type != "cuda":
-        raise typer.BadParameter(f"--cuda-graphs needs a CUDA GPU, and this run is on {device}; leave it out")
-    if cuda_graphs and sheet is not None:
-        raise typer.BadParameter("--cuda-graphs goes without --sheet, whose models change from image to image")
 
 
 def _check_files(out: Path, sheet: Path | None, count: int) -> None:
@@ -196,14 +195,17 @@ def _draw(run: Run) -> None:
     pipe = outline_pipeline(run.folder, config, dtype=run.dtype.torch)
     arguments = prepare(run.output, pipe, run.prompts, run.settings)
     offload = _offload(run, pipe)
-    graphed = _graphs(run, arguments, offload)
+    graphed = takes_graphs(run.cuda_graphs, arguments, offload)
+    if run.fp8_attention:
+        check_fused(pipe, run.folder.transformers, offload)
     jobs = share(list(enumerate(run.jobs)), run.here)
     name, size = _load(run, pipe, config, offload, graphed) if jobs else ("", 0)
     pictures = gather(_drawn(run, pipe, jobs, name) if jobs else (), run.here)
     if not run.here.is_main:
         return
     result = Result(name, pictures, size)
-    saved = {"images": _save(pictures, run.out, ""), "cuda_graphs": graphed, "offload": offload and offload.to_dict()}
+    switches = {"cuda_graphs": graphed, "fp8_attention": run.fp8_attention}
+    saved = {"images": _save(pictures, run.out, ""), **switches, "offload": offload and offload.to_dict()}
     run.output.show(figures_table([result]))
     _finish(run, arguments, [result], saved)
 
@@ -220,8 +222,10 @@ def _load(run: Run, pipe: Any, config: QuantConfig | None, offload: Offload | No
         pipe.to(run.device)
     else:
         place_pipeline(pipe, offload, run.device)
-    if graphed:
-        for component in run.folder.transformers:
+    for component in run.folder.transformers:
+        if run.fp8_attention:
+            fp8_attention_(getattr(pipe, component))
+        if graphed:
             cuda_graphs_(getattr(pipe, component))
     return name, size
 
@@ -240,18 +244,6 @@ def _offload(run: Run, pipe: Any) -> Offload | None:
     offload = choose(pipe, run.vram, run.settings)
     run.output.show(str(offload))
     return offload
-
-
-def _graphs(run: Run, arguments: dict[str, Any], offload: Offload | None) -> bool:
-    """Whether steps become CUDA graphs: where they were asked for, or help."""
-    if offload is None or run.cuda_graphs is False:
-        return False
-    small = arguments.get("height", LARGE) * arguments.get("width", LARGE) <= GRAPHED_PIXELS
-    if run.cuda_graphs is None and not (small and offload.method == "none"):
-        return False
-    if offload.method != "none":
-        raise ValueError(f"--cuda-graphs needs the whole pipeline on the GPU, but {offload}; leave the option out")
-    return True
 
 
 def _draw_both(run: Run, base: ModelFolder, sheet: Path) -> None:

@@ -96,6 +96,14 @@ CudaGraphs = Annotated[
         help="Replay each step as one CUDA graph. Default: where the whole pipeline is on a GPU and images are small.",
     ),
 ]
+Fp8Attention = Annotated[
+    bool,
+    typer.Option(
+        "--fp8-attention",
+        help="Let fused FLUX.1 blocks attend with 8-bit operands, which changes images slightly. A GPU must be Hopper "
+        "or newer, with nvidia-cudnn-frontend installed.",
+    ),
+]
 AUTO = "auto"
 UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 

@@ -84,14 +84,15 @@ def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.flatten(2, 3).to(q.dtype)
 
 
-def _attention_fp8(attn: Any, operands: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+def _attention_fp8(attn: Any, operands: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """q, k, v e4m3 (B, S, H, D) and v's scale -> (B, S, H * D)."""
     if attn.processor._parallel_config is not None:
         raise ValueError(
             "fp8_attention_: attention in 8 bits runs on one GPU, and this model shares its tokens among several "
             "(enable_parallelism); switch it off: fp8_attention_(model, False)"
         )
-    return attention_fp8(*operands, out_dtype=dtype).flatten(2, 3)
+    q, k, v, v_scale = operands
+    return attention_fp8(q, k, v, v_scale, dtype).flatten(2, 3)
 
 
 def _in_a_row(text: Tensor, image: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convrot_bench import html, ops, report, shapes
+from convrot_bench import cli, html, ops, report, shapes
 from convrot_bench.bench import Bench, GateError, Job, run
 from convrot_bench.cli import app
 from convrot_bench.ops import costs, gates, linears, peers, problems, rotations, step
@@ -201,6 +201,10 @@ def test_case_selection():
         ops.select(["gem"], "cuda")
     with pytest.raises(ValueError, match=r"ops: case 'gemm_step' needs a GPU, got device cpu; here use gemm_w4a4, "):
         ops.select(["gemm_step"], "cpu")
+
+
+def test_help_names_every_case():
+    assert cli.CASES.replace("; by name only: ", ", ").split(", ") == [*ops.CASES, *ops.EXTRA_CASES]
 
 
 def test_the_backend_of_auto_is_measured_on_the_path_of_auto(wrong_backend):

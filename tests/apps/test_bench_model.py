@@ -751,8 +751,8 @@ def test_selection():
     assert select("cuda", tiny=False) == REAL
     labels = [job.label for job in plan(REAL, [])]
     assert labels[:5] == ["step", "sizes", "peers", "SD3.5-large", "Qwen-Image"]
-    assert labels[5:12] == ["pipeline", "breakdown", "loading", "lora", "branch", "conversion", "vram"]
-    assert labels[12:] == ["parallel"] * (torch.cuda.device_count() > 1)
+    assert labels[5:13] == ["pipeline", "breakdown", "loading", "lora", "branch", "attention", "conversion", "vram"]
+    assert labels[13:] == ["parallel"] * (torch.cuda.device_count() > 1)
     assert [job.label for job in plan(REAL, ["breakdown", "step"])] == ["step", "breakdown"]
 
 

@@ -36,8 +36,8 @@ from convrot_bench.survey_tables import (
     steps_table,
     survey_table,
 )
-from convrot_kernels import pack_int4, rotate
 from convrot_kernels import ops as public
+from convrot_kernels import pack_int4, rotate
 
 TINY = Family(
     name="FLUX.1-dev", tokens=24, text=8, linears=((256, 256), (512, 256), (256, 512)),

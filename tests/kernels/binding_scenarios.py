@@ -66,6 +66,12 @@ CASES: dict[str, Callable[[], Call]] = {
     "joint norm and rope": lambda: (
         ck.norm_rope_joint, (_x(2, 3, 192), _x(2, 5, 384)[..., 64:256], *_x(4, 32), *torch.ones(2, 8, 32)), {}
     ),
+    "norm and rope in e4m3": lambda: (
+        ck.norm_rope_fp8, (_x(2, 5, 640)[..., 64:448], *_x(2, 32), *torch.ones(2, 5, 32)), {"eps": 1e-5}
+    ),
+    "joint norm and rope in e4m3": lambda: (
+        ck.norm_rope_joint_fp8, (_x(2, 3, 192), _x(2, 5, 384)[..., 64:256], *_x(4, 32), *torch.ones(2, 8, 32)), {}
+    ),
     "product": lambda: (ck.scaled_mm, (*_operands(300), _bias()), IN_BLOCKS),
     "product of few rows": lambda: (ck.scaled_mm, _operands(2, 20), IN_BLOCKS),
     "product to fp16": lambda: (ck.scaled_mm, (*_operands(64), None, torch.float16), IN_BLOCKS),
@@ -110,6 +116,7 @@ CASES: dict[str, Callable[[], Call]] = {
 }  # fmt: skip
 OUTPUTS = {"convrot_gemv": (12,), "sm90": (10,), "convrot_rotate_quantize": (12, 13)}
 OUTPUTS |= {"convrot_low_rank_down": (18,), "convrot_low_rank_up": (0,)}
+OUTPUTS["convrot_norm_rope_fp8"] = (14, 15, 16, 17, 18)
 OUTPUTS["convrot_norm_rope"] = (14, 15, 16)  # which arguments are results; v may be none
 
 

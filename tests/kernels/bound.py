@@ -49,6 +49,8 @@ void fill(int dtype, void* out, int64_t stride, int rows, int columns) {
 }
 """
 BODIES = {
+    "convrot_norm_rope_fp8": "int c = a22 * a23; fill(0, a17, 1, a19, 1); "
+    "void* out[] = {a14, a15, a16}; for (void* one : out) fill<char>(one, c, (a20 + a21) * a19, c, 0x38);",
     "convrot_norm_rope": "void* out[] = {a14, a15, a16}; int c = a20 * a21; "
     "for (int i = 0; i < 3; ++i) if (out[i]) fill(a6, out[i], c, (a18 + a19) * a17, c);",
     "convrot_low_rank_down": "int c = a16 * a17; fill(a22, a18, c, a19, c);",

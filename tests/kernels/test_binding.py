@@ -72,6 +72,7 @@ def test_the_kernels_signatures_are_the_library_s() -> None:
     assert _declared("Gemm") == list(library._GEMM)
     assert _declared("Gemv") == list(library._PLAIN["convrot_gemv"])
     assert _declared("Attended") == list(library._PLAIN["convrot_norm_rope"])
+    assert _declared("AttendedFp8") == list(library._PLAIN["convrot_norm_rope_fp8"])
     assert _declared("Quantizer") == list(library._PLAIN["convrot_rotate_quantize_bf16"])
 
 

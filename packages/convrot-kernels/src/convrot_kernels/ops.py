@@ -332,8 +332,8 @@ def norm_rope_fp8(
     """x (B, S, 3 H D), q, k and v side by side -> q, k, v e4m3 (B, S, H, D), v_scale fp32 (B,): attention_fp8's inputs.
 
     q and k as norm_rope makes them, but rounded last to e4m3 and not to x.dtype; what is beyond 448 becomes 448 (a head
-    of 128 columns that RMSNorm leaves at weights below 39 has none). v is divided by v_scale = max(absmax / 448, 1e-10)
-    of its sample.
+    of 128 columns that RMSNorm leaves at weights below 39 has none). v is divided by v_scale = max(absmax (1 / 448),
+    1e-10) of its sample.
     """
     return _call("norm_rope_fp8", x, q_weight, k_weight, cos, sin, eps)
 

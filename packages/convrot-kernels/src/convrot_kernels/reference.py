@@ -318,11 +318,11 @@ def to_fp8(x: Tensor) -> Tensor:
 
 
 def fp8_of(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S, H, D) -> e4m3 of v / scale, scale fp32 (B,): each sample's largest value becomes 448."""
+    """(B, S, H, D) -> e4m3 of v (1 / scale), scale fp32 (B,): each sample's largest value becomes 448."""
     wide = v.float()
     most = wide.abs().amax((1, 2, 3)) if v.shape[1] else wide.new_zeros(len(v))
-    scale = (most / FP8_MAX).clamp_min(SCALE_FLOOR)
-    return to_fp8(wide / scale.view(-1, 1, 1, 1)), scale
+    scale = (most * (1 / FP8_MAX)).clamp_min(SCALE_FLOOR)  # products: PyTorch divides by a number otherwise on a GPU
+    return to_fp8(wide * scale.reciprocal().view(-1, 1, 1, 1)), scale
 
 
 def norm_rope_fp8(

@@ -66,12 +66,34 @@ def _numbers(index: int) -> dict[int, Tensor]:
     return {name: torch.full((1, 1, 1, 1), value, device=f"cuda:{index}") for name, value in values.items()}
 
 
-@lru_cache(maxsize=64)
-def _graph(index: int, batch: int, tokens: int, keys: int, heads: int, d: int) -> Any:
-    import cudnn
+class _Attention:
+    """cuDNN's graph of one shape on one GPU, and all addresses that are the same at every call."""
 
+    def __init__(self, index: int, batch: int, tokens: int, keys: int, heads: int, d: int) -> None:
+        import cudnn
+
+        self._cudnn, self._handle = cudnn, _handle(index)
+        self._graph = _built(cudnn, self._handle, batch, tokens, keys, heads, d)
+        self._workspace = max(self._graph.get_workspace_size(), 1)
+        self._addresses = {name: number.data_ptr() for name, number in _numbers(index).items()}
+        self._addresses |= dict.fromkeys((_Q_DESCALE, _K_DESCALE, _V_DESCALE), self._addresses[_ONE])
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        workspace = torch.empty(self._workspace, dtype=torch.uint8, device=q.device)
+        addresses = self._addresses | {_Q: q.data_ptr(), _K: k.data_ptr(), _V: v.data_ptr(), _OUT: out.data_ptr()}
+        with _lock:
+            self._cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
+            self._graph.execute(addresses, workspace.data_ptr(), handle=self._handle)
+        return out
+
+
+_graph = lru_cache(maxsize=64)(_Attention)
+
+
+def _built(cudnn: Any, handle: Any, batch: int, tokens: int, keys: int, heads: int, d: int) -> Any:
     e4m3, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(io_data_type=e4m3, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(index))
+    graph = cudnn.pygraph(io_data_type=e4m3, intermediate_data_type=fp32, compute_data_type=fp32, handle=handle)
 
     def operand(name: int, rows: int) -> Any:
         dim, stride = (batch, heads, rows, d), (rows * heads * d, d, heads * d, 1)
@@ -108,18 +130,7 @@ def _graph(index: int, batch: int, tokens: int, keys: int, heads: int, d: int) -
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """e4m3 (B, S, H, D), (B, T, H, D), contiguous, on the current device -> e4m3 (B, S, H, D), before v's scale."""
-    import cudnn
-
-    index = q.device.index
-    out = torch.empty_like(q)
-    with _lock:
-        handle, numbers = _handle(index), _numbers(index)
-        graph = _graph(index, q.shape[0], q.shape[1], k.shape[1], *q.shape[2:])
-        workspace = torch.empty(max(graph.get_workspace_size(), 1), dtype=torch.uint8, device=q.device)
-        one = numbers[_ONE].data_ptr()
-        tensors = {_Q: q, _K: k, _V: v, _OUT: out, **numbers}
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        addresses |= {_Q_DESCALE: one, _K_DESCALE: one, _V_DESCALE: one}
-        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
-        graph.execute(addresses, workspace.data_ptr(), handle=handle)
-    return out
+    if q.shape[1] == 1:  # which cuDNN leaves to kernels of other GPUs
+        return attend(q.expand(-1, 2, -1, -1).contiguous(), k, v)[:, :1].contiguous()
+    graph = _graph(q.device.index, q.shape[0], q.shape[1], k.shape[1], *q.shape[2:])
+    return graph.run(q, k, v)

@@ -26,7 +26,7 @@ SOURCE = build.HERE / "csrc" / "binding.cpp"
 LEAST_TORCH = (2, 10)  # whose stable C functions the source keeps to: what is built once serves all later ones
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = ("-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-shared", _TARGET)
-_GEMM, _GEMV, _QUANTIZER, _NORM_ROPE, _LOW_RANK_DOWN, _LOW_RANK_UP = range(6)  # Kind in the source
+_GEMM, _GEMV, _QUANTIZER, _NORM_ROPE, _LOW_RANK_DOWN, _LOW_RANK_UP, _NORM_ROPE_FP8 = range(7)  # Kind in the source
 _TEXTS = ("rule", "b_layout")  # str arguments, of which the binding hands over the address
 
 _thread = threading.local()
@@ -215,6 +215,8 @@ def _teach(tensors: list[Tensor], calls: list[Call]) -> None:
         kind, detail = _QUANTIZER, 0
     elif first.name == "convrot_norm_rope":
         kind, detail = _NORM_ROPE, 0
+    elif first.name == "convrot_norm_rope_fp8":
+        kind, detail = _NORM_ROPE_FP8, 0
     elif first.name.startswith("convrot_low_rank"):
         kind, detail = (_LOW_RANK_UP if first.name.endswith("up") else _LOW_RANK_DOWN), 0
     elif first.name == "convrot_gemv":

@@ -34,8 +34,9 @@ def _run_fp8(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _shape(text, image, weights, 3)
     q, k, v = (image.new_empty(shape, dtype=FP8) for _ in range(3))
-    v_scale = image.new_full(shape[:1], SCALE_FLOOR, dtype=torch.float32)
-    most = image.new_empty(shape[:2], dtype=torch.float32)
+    v_scale, most = (image.new_empty(size, dtype=torch.float32) for size in (shape[:1], shape[:2]))
+    if q.numel() == 0:
+        return q, k, v, v_scale.fill_(SCALE_FLOOR)
     addresses = tuple(tensor.data_ptr() for tensor in (q, k, v, v_scale, most))
     _launch("convrot_norm_rope_fp8", text, image, weights, cos, sin, eps, q.shape, addresses)
     return q, k, v, v_scale

@@ -59,7 +59,8 @@ def _norm_rope(
 ):
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     columns = tl.arange(0, D)
-    dtype, out_dtype = x_ptr.dtype.element_ty, q_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
+    out_dtype = q_ptr.dtype.element_ty
     cos = tl.load(cos_ptr + (first + s) * D + columns).to(tl.float32)  # (D,)
     sin = tl.load(sin_ptr + (first + s) * D + columns).to(tl.float32)
     source = x_ptr + b * stride_b + s * stride_s

@@ -36,7 +36,16 @@ constexpr size_t kMaxEntries = 4096;  // some 1 MB; a program with more shapes t
 constexpr int64_t kAlignment = 16;    // bytes: one vector load, and what a tensor map needs
 
 // the first three are those of abi.h, kInt8 is the GEMV's code for activations of one byte
-enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kUInt8 = 4, kOther = 5, kAbsent = 6 };
+enum Dtype : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kInt8 = 3,
+  kUInt8 = 4,
+  kFp8 = 5,  // e4m3: of results alone
+  kOther = 6,
+  kAbsent = 7
+};
 
 // the kernels' signatures: gemv.cu, sm90_gemm.cuh and sm80_gemm.cuh, rotate_quantize.cu, norm_rope.cu, low_rank.cu
 using Gemm = int (*)(void const* weight, void const* x, void const* a_scale, void const* b_scale, void const* bias,
@@ -55,6 +64,11 @@ using Attended = int (*)(void const* text, int64_t text_stride_b, int64_t text_s
                          void const* text_k_weight, void const* q_weight, void const* k_weight, int weight_dtype,
                          void const* cos, void const* sin, void* q, void* k, void* v, int batch, int text_tokens,
                          int image_tokens, int heads, int d, float eps, void* stream);
+using AttendedFp8 = int (*)(void const* text, int64_t text_stride_b, int64_t text_stride_s, void const* image,
+                            int64_t image_stride_b, int64_t image_stride_s, int dtype, void const* text_q_weight,
+                            void const* text_k_weight, void const* q_weight, void const* k_weight, int weight_dtype,
+                            void const* cos, void const* sin, void* q, void* k, void* v, void* v_scale, void* most,
+                            int batch, int text_tokens, int image_tokens, int heads, int d, float eps, void* stream);
 using Downward = int (*)(void const* x, int64_t x_stride, void const* y, int64_t y_stride, int seam, void const* scale,
                          int scale_dtype, void const* shift, int shift_dtype, int64_t vector_stride,
                          int rows_per_vector, float eps, void const* down0, void const* down1, void const* down2,
@@ -78,7 +92,7 @@ struct Hash {
   }
 };
 
-enum Kind : int { kGemm = 0, kGemv = 1, kQuantizer = 2, kNormRope = 3, kLowRankDown = 4, kLowRankUp = 5 };
+enum Kind : int { kGemm = 0, kGemv = 1, kQuantizer = 2, kNormRope = 3, kLowRankDown = 4, kLowRankUp = 5, kNormRopeFp8 = 6 };
 
 struct Kernel {
   void* function;
@@ -151,6 +165,7 @@ StableIValue boxed(T from) {
 struct Types {
   int32_t float32 = aoti_torch_dtype_float32(), float16 = aoti_torch_dtype_float16();
   int32_t bfloat16 = aoti_torch_dtype_bfloat16(), int8 = aoti_torch_dtype_int8(), uint8 = aoti_torch_dtype_uint8();
+  int32_t fp8 = aoti_torch_dtype_float8_e4m3fn();
 
   int ours(int32_t torchs) const {
     return torchs == bfloat16  ? kBFloat16
@@ -161,7 +176,7 @@ struct Types {
                                : kOther;
   }
   int32_t torchs(int ours) const {
-    int32_t const all[] = {float32, float16, bfloat16, int8, uint8};
+    int32_t const all[] = {float32, float16, bfloat16, int8, uint8, fp8};
     return all[ours];
   }
 };
@@ -301,11 +316,12 @@ struct Result {
     data = static_cast<char*>(memory);
     return true;
   }
-  bool allocate(Tensor const& like, int64_t const (&sizes)[4]) {
-    int64_t const strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+  template <size_t dim>
+  bool allocate(Tensor const& like, int64_t const (&sizes)[dim], int dtype) {
+    int64_t strides[dim], stride = 1;
+    for (size_t i = dim; i-- > 0; stride *= sizes[i]) strides[i] = stride;
     void* memory = nullptr;
-    if (aoti_torch_empty_strided(4, sizes, strides, types().torchs(like.dtype), like.device_type, like.device,
-                                 &handle) ||
+    if (aoti_torch_empty_strided(dim, sizes, strides, types().torchs(dtype), like.device_type, like.device, &handle) ||
         aoti_torch_get_data_ptr(handle, &memory))
       return false;
     data = static_cast<char*>(memory);
@@ -502,11 +518,11 @@ struct Product {
   }
 };
 
-// norm_rope, or with a text stream before it norm_rope_joint
-template <bool joint>
+// norm_rope, or with a text stream before it norm_rope_joint; both in e4m3
+template <bool joint, bool fp8>
 struct NormRope {
   static constexpr char const* letters = joint ? "ttttttttv" : "tttttv";
-  static constexpr int parts = joint ? 3 : 2;
+  static constexpr int parts = joint || fp8 ? 3 : 2;
   Key key{};
   int launches = 1;
   Tensor text, image, text_q_weight, text_k_weight, q_weight, k_weight, cos, sin;
@@ -543,28 +559,45 @@ struct NormRope {
     if (joint && (text.dim != 3 || !loadable(text) || !is_weight(text_q_weight) || !is_weight(text_k_weight))) return false;
     tokens = text_tokens + image.sizes[1];
     if (!loadable(image) || !is_weight(q_weight) || !is_weight(k_weight) || !is_table(cos) || !is_table(sin)) return false;
-    key = {32 + joint, image.device, image.dtype, q_weight.dtype, image.sizes[0], text_tokens, tokens, heads, d};
+    key = {32 + joint + 2 * fp8, image.device, image.dtype, q_weight.dtype, image.sizes[0], text_tokens, tokens, heads, d};
     return image.sizes[0] * tokens <= INT_MAX;
   }
 
+  // what stands before and after the results in the arguments
+  template <class Function, class... Results>
+  bool call(void* function, OnDevice const& on, Results... results) const {
+    return reinterpret_cast<Function>(function)(
+               text.data, joint ? text.strides[0] : 0, joint ? text.strides[1] : 0, image.data, image.strides[0],
+               image.strides[1], image.dtype, text_q_weight.data, text_k_weight.data, q_weight.data, k_weight.data,
+               q_weight.dtype, cos.data, sin.data, results..., int(image.sizes[0]), int(text_tokens),
+               int(image.sizes[1]), int(heads), int(d), float(eps), on.stream) == 0;
+  }
+
   bool launch(Kernel const& kernel, StableIValue* stack) {
-    Result made[parts];
+    constexpr int kScale = parts, kMost = parts + 1;  // in e4m3: v's scale, and room for the largest of each token
+    Result made[fp8 ? parts + 2 : parts];
     OnDevice const on(image.device);
     int64_t const sizes[4] = {image.sizes[0], tokens, heads, d};
-    bool done = kernel.kind == kNormRope && on.ready;
-    for (Result& one : made) done = done && one.allocate(image, sizes);
-    done = done && reinterpret_cast<Attended>(kernel.function)(
-                       text.data, joint ? text.strides[0] : 0, joint ? text.strides[1] : 0, image.data, image.strides[0],
-                       image.strides[1], image.dtype, text_q_weight.data, text_k_weight.data, q_weight.data,
-                       k_weight.data, q_weight.dtype, cos.data, sin.data, made[0].data, made[1].data,
-                       joint ? made[parts - 1].data : nullptr, int(sizes[0]), int(text_tokens), int(image.sizes[1]),
-                       int(heads), int(d), float(eps), on.stream) == 0;
+    bool done = kernel.kind == (fp8 ? kNormRopeFp8 : kNormRope) && on.ready;
+    for (int i = 0; i < parts; ++i) done = done && made[i].allocate(image, sizes, fp8 ? kFp8 : image.dtype);
+    if constexpr (fp8) {
+      int64_t const samples[1] = {sizes[0]}, rows[2] = {sizes[0], tokens};
+      done = done && made[kScale].allocate(image, samples, kFloat32) && made[kMost].allocate(image, rows, kFloat32);
+      done = done && call<AttendedFp8>(kernel.function, on, static_cast<void*>(made[0].data),
+                                       static_cast<void*>(made[1].data), static_cast<void*>(made[2].data),
+                                       static_cast<void*>(made[kScale].data), static_cast<void*>(made[kMost].data));
+    } else {
+      void* const third = joint ? made[parts - 1].data : nullptr;
+      done = done && call<Attended>(kernel.function, on, static_cast<void*>(made[0].data),
+                                    static_cast<void*>(made[1].data), third);
+    }
     if (!done) {
       for (Result& one : made) one.drop();
       return false;
     }
     release(stack, letters);
-    for (int i = 0; i < parts; ++i) stack[i] = boxed(made[i].handle);
+    if constexpr (fp8) made[kMost].drop();
+    for (int i = 0; i < parts + fp8; ++i) stack[i] = boxed(made[i].handle);
     return true;
   }
 };
@@ -768,6 +801,8 @@ constexpr char kRotateQuantizeSiluMul[] = "convrot_python::rotate_quantize_silu_
 constexpr char kRotateQuantizeCatGelu[] = "convrot_python::rotate_quantize_cat_gelu";
 constexpr char kNormRopeAlone[] = "convrot_python::norm_rope";
 constexpr char kNormRopeJoint[] = "convrot_python::norm_rope_joint";
+constexpr char kNormRopeInFp8[] = "convrot_python::norm_rope_fp8";
+constexpr char kNormRopeJointInFp8[] = "convrot_python::norm_rope_joint_fp8";
 constexpr char kLowRankDownOp[] = "convrot_python::low_rank_down";
 constexpr char kLowRankUpOp[] = "convrot_python::low_rank_up";
 constexpr char kScaledMm[] = "convrot_python::scaled_mm";
@@ -787,8 +822,9 @@ CONVROT_EXPORT int convrot_register(void* stream, int64_t const* named) {
       add<Quantize<kNone>, kRotateQuantize>(library) && add<Quantize<kGelu>, kRotateQuantizeGelu>(library) &&
       add<Quantize<kModulate>, kRotateQuantizeModulate>(library) &&
       add<Quantize<kSiluMul>, kRotateQuantizeSiluMul>(library) &&
-      add<Quantize<kCatGelu>, kRotateQuantizeCatGelu>(library) && add<NormRope<false>, kNormRopeAlone>(library) &&
-      add<NormRope<true>, kNormRopeJoint>(library) && add<LowRankDown, kLowRankDownOp>(library) &&
+      add<Quantize<kCatGelu>, kRotateQuantizeCatGelu>(library) && add<NormRope<false, false>, kNormRopeAlone>(library) &&
+      add<NormRope<true, false>, kNormRopeJoint>(library) && add<NormRope<false, true>, kNormRopeInFp8>(library) &&
+      add<NormRope<true, true>, kNormRopeJointInFp8>(library) && add<LowRankDown, kLowRankDownOp>(library) &&
       add<LowRankUp, kLowRankUpOp>(library) && add<Product<kReturned>, kScaledMm>(library) &&
       add<Product<kWritten>, kScaledMmOut>(library) && add<Product<kGated>, kScaledMmGateResidual>(library);
   return done ? 0 : 1;

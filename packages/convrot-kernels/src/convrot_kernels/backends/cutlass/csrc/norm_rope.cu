@@ -19,7 +19,7 @@
 namespace convrot {
 namespace {
 
-constexpr int kThreads = 128, kAtOnce = 2, kBlocks = 8;  // threads, rows of a lane under way, blocks an SM
+constexpr int kThreads = 128, kBlocks = 8;  // blocks an SM
 
 struct Stream {
   void const* x;
@@ -83,7 +83,7 @@ __device__ __forceinline__ float block_max(float most, float (&of_warps)[kThread
 
 template <class X, int kLanes, bool kFp8>
 __global__ void __launch_bounds__(kThreads, kBlocks) norm_rope(Problem const p) {
-  constexpr int kGroups = kThreads / kLanes;
+  constexpr int kGroups = kThreads / kLanes, kAtOnce = kFp8 ? 3 : 2;  // rows of a lane under way: 24 heads of 3 parts in 3 turns
   int const group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kColumns;
   int const b = blockIdx.x / p.tokens, s = blockIdx.x % p.tokens;
   bool const is_text = s < p.text_tokens;
@@ -135,26 +135,32 @@ constexpr int kTokens = 8;  // of a block of quantize_v
 template <class X>
 __global__ void __launch_bounds__(kThreads) quantize_v(Problem const p) {
   __shared__ float of_warps[kThreads / 32];
-  int const b = blockIdx.y, width = p.heads * p.d;
+  int const b = blockIdx.y, width = p.heads * p.d, first = blockIdx.x * kTokens;
   float most = 0.f;
+#pragma unroll 8
   for (int s = threadIdx.x; s < p.tokens; s += kThreads) most = max_abs(most, p.most[int64_t(b) * p.tokens + s]);
-  most = __fdiv_rn(block_max(most, of_warps), kFp8Max);
-  float const scale = most < kScaleFloor ? kScaleFloor : most;  // NaN stays
+  most = block_max(most, of_warps) * (1.f / kFp8Max);
+  float const scale = most < kScaleFloor ? kScaleFloor : most, inverse = __frcp_rn(scale);  // NaN stays
   if (blockIdx.x == 0 && threadIdx.x == 0) p.v_scale[b] = scale;
-  int const first = blockIdx.x * kTokens, columns = width / kColumns;
-  int const count = min(kTokens, p.tokens - first) * columns;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    int const s = first + i / columns, column = i % columns * kColumns;
-    bool const is_text = s < p.text_tokens;
-    Stream const& from = is_text ? p.text : p.image;
-    auto const* x = static_cast<X const*>(from.x) + b * from.stride_b +
-                    (is_text ? s : s - p.text_tokens) * from.stride_s + 2 * width + column;
-    float v[kColumns];
-    unpack<X>(load_eight(x), v);
+  for (int column = threadIdx.x * kColumns; column < width; column += kThreads * kColumns) {
+    Eight<X> raw[kTokens];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) v[c] = __fdiv_rn(v[c], scale);
-    store_fp8(p.out[2], (int64_t(b) * p.tokens + s) * width + column, v);
+    for (int i = 0; i < kTokens; ++i) {
+      int const s = min(first + i, p.tokens - 1);
+      bool const is_text = s < p.text_tokens;
+      Stream const& from = is_text ? p.text : p.image;
+      raw[i] = load_eight(static_cast<X const*>(from.x) + b * from.stride_b +
+                          (is_text ? s : s - p.text_tokens) * from.stride_s + 2 * width + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (first + i >= p.tokens) break;
+      float v[kColumns];
+      unpack<X>(raw[i], v);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) v[c] *= inverse;
+      store_fp8(p.out[2], (int64_t(b) * p.tokens + first + i) * width + column, v);
+    }
   }
 }
 

@@ -12,9 +12,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from convrot_kernels import use_backend
+from convrot_kernels.backends import cudnn
 from convrot_kernels.dispatch import pick
 from convrot_kernels.testing import time_host
-from convrot_quant import quantize_
+from convrot_quant import fp8_attention_, quantize_
 from convrot_quant.captures import GraphError
 from convrot_quant.graphs import cuda_graphs_
 
@@ -23,13 +24,17 @@ GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mod
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-@pytest.fixture(params=["bf16", "w4a4", "w4a16"])
+@pytest.fixture(params=["bf16", "w4a4", "w4a16", "w4a4_fp8_attention"])
 def model(request: pytest.FixtureRequest, make_flux: Callable[..., nn.Module]) -> Iterator[nn.Module]:
     """A FLUX transformer with two double and two single blocks, on the GPU."""
     flux = make_flux(2, 2)
     if request.param != "bf16":
-        quantize_(flux, "ours" if request.param == "w4a4" else request.param, progress=False)
+        quantize_(flux, "w4a16" if request.param == "w4a16" else "ours", progress=False)
     flux.cuda()
+    if request.param.endswith("fp8_attention"):
+        if why_not := cudnn.why_not(torch.device("cuda")):
+            pytest.skip(why_not)
+        fp8_attention_(flux)
     yield flux
     cuda_graphs_(flux, False)
 

@@ -102,8 +102,13 @@ def torchao_fp8_tensor(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def torchao_int8(model: nn.Module, names: Sequence[str]) -> None:
-    """int8 weights with a scale a row, dynamic int8 activations with a scale a token."""
+    """int8 weights with a scale a row, dynamic int8 activations with a scale a token.
+
+    Without the search that torchao switches on for every Triton kernel (coordinate descent): with it, compiling a step
+    had not finished after 360 s on an H200, nor within 200 s on another.
+    """
     _torchao(model, names, import_module("torchao.quantization").Int8DynamicActivationInt8WeightConfig())
+    torch._inductor.config.coordinate_descent_tuning = False
 
 
 def _torchao(model: nn.Module, names: Sequence[str], config: Any) -> None:

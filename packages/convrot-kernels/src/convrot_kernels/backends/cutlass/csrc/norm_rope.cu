@@ -10,8 +10,10 @@
 // FLUX's q and k, 4608 tokens, on an H200: 36.7 us, as Triton's kernel takes. Lost: 256 threads a token (41.6 to 44.5), three
 // or six rows under way (38.0 to 39.9).
 //
-// In e4m3, q and k are in range after RMSNorm, but v needs a scale of its sample, which is known when all of it was read: the
-// first launch leaves each token's largest value, the second one finds the largest of them in every block, and rounds.
+// In e4m3, q and k are in range after RMSNorm, but v needs the scale of its sample, which is known when all of it was read.
+// The first launch leaves the largest value of every kTokens tokens; the second finds the largest of those in every block
+// and rounds v, which is in the cache by then. Lost: the maxima by the norms' launch, which left v there no more (65 us, of
+// which 45 and 21).
 #include "eight.cuh"
 
 #include <cuda_fp8.h>
@@ -19,7 +21,8 @@
 namespace convrot {
 namespace {
 
-constexpr int kThreads = 128, kBlocks = 8;  // blocks an SM
+constexpr int kThreads = 128, kAtOnce = 2, kBlocks = 8;  // threads, rows of a lane under way, blocks an SM
+constexpr int kTokens = 8;                               // of a block that reads v alone
 
 struct Stream {
   void const* x;
@@ -33,7 +36,7 @@ struct Problem {
   float const *cos, *sin;
   void* out[3];
   float inverse_d, eps;
-  float *most, *v_scale;  // e4m3: of every token's v the largest magnitude; of every sample's
+  float *most, *v_scale;  // e4m3: the largest magnitude of every kTokens tokens' v; every sample's scale
 };
 
 constexpr float kFp8Max = 448.f, kScaleFloor = 1e-10f;  // as in reference.py
@@ -70,20 +73,9 @@ __device__ __forceinline__ void turn(Problem const& p, Eight<X> const& raw, bool
   }
 }
 
-// the largest of a block's, to all of its threads
-__device__ __forceinline__ float block_max(float most, float (&of_warps)[kThreads / 32]) {
-#pragma unroll
-  for (int across = 16; across; across /= 2) most = max_abs(most, __shfl_xor_sync(~0u, most, across));
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = most;
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < kThreads / 32; ++warp) most = max_abs(most, of_warps[warp]);
-  return most;
-}
-
 template <class X, int kLanes, bool kFp8>
 __global__ void __launch_bounds__(kThreads, kBlocks) norm_rope(Problem const p) {
-  constexpr int kGroups = kThreads / kLanes, kAtOnce = kFp8 ? 3 : 2;  // rows of a lane under way: 24 heads of 3 parts in 3 turns
+  constexpr int kGroups = kThreads / kLanes;
   int const group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kColumns;
   int const b = blockIdx.x / p.tokens, s = blockIdx.x % p.tokens;
   bool const is_text = s < p.text_tokens;
@@ -92,7 +84,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) norm_rope(Problem const p) 
                   (is_text ? s : s - p.text_tokens) * from.stride_s + column;
   int64_t const target = int64_t(blockIdx.x) * p.heads * p.d + column;
   int const rows = p.parts * p.heads;
-  float most = 0.f;
   float cos[kColumns], sin[kColumns], q_weight[kColumns], k_weight[kColumns];
   load_floats(p.cos + int64_t(s) * p.d + column, cos);
   load_floats(p.sin + int64_t(s) * p.d + column, sin);
@@ -107,61 +98,96 @@ __global__ void __launch_bounds__(kThreads, kBlocks) norm_rope(Problem const p) 
     for (int i = 0; i < kAtOnce; ++i) {
       int const row = first + i * kGroups, part = min(row, rows - 1) / p.heads;
       int64_t const at = target + int64_t(row - part * p.heads) * p.d;
-      float v[kColumns];
-      if (__any_sync(~0u, part < 2)) turn<X, kLanes>(p, raw[i], part == 0, q_weight, k_weight, cos, sin, v);
       if constexpr (kFp8) {
-        if (part == 2) {  // rows beyond the last are v's last one again
-          unpack<X>(raw[i], v);
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) most = max_abs(most, v[c]);
-        } else {
-          store_fp8(p.out[part], at, v);
+        float v[kColumns];
+        turn<X, kLanes>(p, raw[i], part == 0, q_weight, k_weight, cos, sin, v);
+        if (row < rows) store_fp8(p.out[part], at, v);
+      } else {
+        Eight<X> out = raw[i];
+        if (__any_sync(~0u, part < 2)) {
+          float v[kColumns];
+          turn<X, kLanes>(p, raw[i], part == 0, q_weight, k_weight, cos, sin, v);
+          out = part == 2 ? raw[i] : pack<X>(v);
         }
-      } else if (row < rows) {
-        store_eight(static_cast<X*>(p.out[part]) + at, part == 2 ? raw[i] : pack<X>(v));
+        if (row < rows) store_eight(static_cast<X*>(p.out[part]) + at, out);
       }
     }
   }
-  if constexpr (kFp8) {
-    __shared__ float of_warps[kThreads / 32];
-    most = block_max(most, of_warps);
-    if (threadIdx.x == 0) p.most[blockIdx.x] = most;
-  }
 }
 
-constexpr int kTokens = 8;  // of a block of quantize_v
+// v alone: eight columns of kTokens tokens a thread
+template <class X>
+struct OfV {
+  Problem const& p;
+  int const b = blockIdx.y, first = blockIdx.x * kTokens, width = p.heads * p.d;
 
-// v / v_scale, of one sample's tokens in blockIdx.x
+  // visit(column, values)
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    for (int column = threadIdx.x * kColumns; column < width; column += kThreads * kColumns) {
+      Eight<X> raw[kTokens];
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        int const s = min(first + i, p.tokens - 1);  // beyond the last: that again
+        bool const is_text = s < p.text_tokens;
+        Stream const& from = is_text ? p.text : p.image;
+        raw[i] = load_eight(static_cast<X const*>(from.x) + b * from.stride_b +
+                            (is_text ? s : s - p.text_tokens) * from.stride_s + 2 * width + column);
+      }
+      visit(column, raw);
+    }
+  }
+};
+
+// the largest of a block's, to all of its threads
+__device__ __forceinline__ float block_max(float most) {
+  __shared__ float of_warps[kThreads / 32];
+#pragma unroll
+  for (int across = 16; across; across /= 2) most = max_abs(most, __shfl_xor_sync(~0u, most, across));
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = most;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) most = max_abs(most, of_warps[warp]);
+  return most;
+}
+
+template <class X>
+__global__ void __launch_bounds__(kThreads) largest_v(Problem const p) {
+  float most = 0.f;
+  OfV<X>{p}.each([&](int, Eight<X> const (&raw)[kTokens]) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      float v[kColumns];
+      unpack<X>(raw[i], v);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) most = max_abs(most, v[c]);
+    }
+  });
+  most = block_max(most);
+  if (threadIdx.x == 0) p.most[blockIdx.y * gridDim.x + blockIdx.x] = most;
+}
+
+// v / v_scale
 template <class X>
 __global__ void __launch_bounds__(kThreads) quantize_v(Problem const p) {
-  __shared__ float of_warps[kThreads / 32];
-  int const b = blockIdx.y, width = p.heads * p.d, first = blockIdx.x * kTokens;
   float most = 0.f;
-#pragma unroll 8
-  for (int s = threadIdx.x; s < p.tokens; s += kThreads) most = max_abs(most, p.most[int64_t(b) * p.tokens + s]);
-  most = block_max(most, of_warps) * (1.f / kFp8Max);
+  for (int i = threadIdx.x; i < gridDim.x; i += kThreads) most = max_abs(most, p.most[blockIdx.y * gridDim.x + i]);
+  most = block_max(most) * (1.f / kFp8Max);
   float const scale = most < kScaleFloor ? kScaleFloor : most, inverse = __frcp_rn(scale);  // NaN stays
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.v_scale[b] = scale;
-  for (int column = threadIdx.x * kColumns; column < width; column += kThreads * kColumns) {
-    Eight<X> raw[kTokens];
+  OfV<X> const of_v{p};
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.v_scale[of_v.b] = scale;
+  of_v.each([&](int column, Eight<X> const (&raw)[kTokens]) {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      int const s = min(first + i, p.tokens - 1);
-      bool const is_text = s < p.text_tokens;
-      Stream const& from = is_text ? p.text : p.image;
-      raw[i] = load_eight(static_cast<X const*>(from.x) + b * from.stride_b +
-                          (is_text ? s : s - p.text_tokens) * from.stride_s + 2 * width + column);
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (first + i >= p.tokens) break;
+      int const s = of_v.first + i;
+      if (s >= p.tokens) break;
       float v[kColumns];
       unpack<X>(raw[i], v);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) v[c] *= inverse;
-      store_fp8(p.out[2], (int64_t(b) * p.tokens + first + i) * width + column, v);
+      store_fp8(p.out[2], (int64_t(of_v.b) * p.tokens + s) * of_v.width + column, v);
     }
-  }
+  });
 }
 
 // e4m3 times its sample's scale; kColumns values a thread
@@ -206,10 +232,11 @@ int launch(Problem const& p, int64_t blocks, cudaStream_t stream) {
 
 template <class X>
 int launch_fp8(Problem const& p, int batch, cudaStream_t stream) {
-  if (int const failed = launch<X, true>(p, int64_t(batch) * p.tokens, stream)) return failed;
   dim3 const grid(unsigned((p.tokens + kTokens - 1) / kTokens), unsigned(batch));
+  largest_v<X><<<grid, kThreads, 0, stream>>>(p);
   quantize_v<X><<<grid, kThreads, 0, stream>>>(p);
-  return cuda_status(cudaGetLastError());
+  if (int const failed = cuda_status(cudaGetLastError())) return failed;
+  return launch<X, true>(p, int64_t(batch) * p.tokens, stream);
 }
 
 template <class X>
@@ -258,7 +285,7 @@ CONVROT_EXPORT int convrot_norm_rope(void const* text, int64_t text_stride_b, in
                              : launch<float, false>(p, blocks, at);
 }
 
-// the same of three parts in e4m3; v_scale fp32 (batch,); most: room for batch * tokens fp32
+// the same of three parts in e4m3; v_scale fp32 (batch,); most: room for fp32 (batch, tokens / kTokens, rounded up)
 CONVROT_EXPORT int convrot_norm_rope_fp8(void const* text, int64_t text_stride_b, int64_t text_stride_s,
                                          void const* image, int64_t image_stride_b, int64_t image_stride_s, int dtype,
                                          void const* text_q_weight, void const* text_k_weight, void const* q_weight,
@@ -275,7 +302,7 @@ CONVROT_EXPORT int convrot_norm_rope_fp8(void const* text, int64_t text_stride_b
                   int(tokens),
                   heads,
                   d,
-                  3,
+                  2,  // of the norms
                   static_cast<float const*>(cos),
                   static_cast<float const*>(sin),
                   {q, k, v},

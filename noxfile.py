@@ -1,6 +1,6 @@
 """Thin sessions: each installs the workspace into an environment of its own and runs one command.
 
-nox                  lint, types and tests: what has to pass before a commit, and what CI runs
+nox                  lint and tests, types among them: what has to pass before a commit, and what CI runs
 nox -s generate      BF16 and 4-bit images of the shipped mini-flux, side by side
 nox -s demo          the same in the browser
 nox -s tests_full    everything, slow tests included; leaves its result in docs/results
@@ -24,7 +24,7 @@ import nox
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
@@ -68,8 +68,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All CPU tests but the slow ones, on two processes. `nox -s tests -- tests/kernels -k rotate` runs some."""
-    install(session, "test", "browser")
+    """mypy, and all CPU tests but the slow ones. `nox -s tests -- tests/kernels -k rotate` runs some, without mypy."""
+    install(session, "types", "test", "browser")  # one environment: making another takes as long as mypy itself
+    if not session.posargs:
+        session.run("mypy")
     session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *session.posargs)
 
 

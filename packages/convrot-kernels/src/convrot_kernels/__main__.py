@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _auto(op: str, device: str) -> str:
     try:
-        return dispatch.pick(op, device)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slower backends, whose reasons the report gives
+            return dispatch.pick(op, device)[0]
     except dispatch.BackendError as error:
         return str(error)
 

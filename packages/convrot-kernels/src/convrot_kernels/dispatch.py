@@ -95,7 +95,7 @@ def pick(op: str, device: torch.device | str) -> tuple[str, ModuleType]:
         module = import_module(BACKENDS[name])
         reason = module.why_not(device) if hasattr(module, op) else f"does not implement {op}"
         if reason is None and (needs_more := getattr(module, f"why_not_{op}", None)) is not None:
-            reason = needs_more(device)
+            reason = (why_not := needs_more(device)) and f"for {op}, {why_not}"
         if reason is None:
             _warn_of_slower(name, device, reasons)
             return name, module

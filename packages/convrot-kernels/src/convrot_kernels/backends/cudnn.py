@@ -16,8 +16,7 @@ from torch import Tensor
 from convrot_kernels.reference import FP8_MAX
 
 LEAST_CAPABILITY = (9, 0)
-LEAST_CUDNN = 90200  # of e4m3 attention without the defects that its frontend lists
-_BROKEN_CUDNN = 91000
+LEAST_CUDNN, _BROKEN_CUDNN = 90100, 91000  # what the frontend says of e4m3 attention; run with 9.19
 # the frontend's names for tensors are numbers
 _Q, _K, _V, _OUT, _ONE, _P_SCALE, _P_DESCALE, _MOST_P, _MOST_OUT, _Q_DESCALE, _K_DESCALE, _V_DESCALE = range(12)
 
@@ -48,7 +47,7 @@ def _reason(index: int) -> str | None:
     except (ImportError, AttributeError, RuntimeError) as error:
         return f"cuDNN's frontend cannot be loaded: {error}; run `pip install 'nvidia-cudnn-frontend~=1.18.0'`"
     if version < LEAST_CUDNN or version == _BROKEN_CUDNN:
-        return f"needs cuDNN 9.2 or newer and not 9.10.0, found {version}; install a newer torch"
+        return f"needs cuDNN 9.1 or newer and not 9.10.0, found {version}; install a newer torch"
     return None
 
 
@@ -72,6 +71,11 @@ class _Attention:
     def __init__(self, index: int, batch: int, tokens: int, keys: int, heads: int, d: int) -> None:
         import cudnn
 
+        if torch.cuda.is_current_stream_capturing():  # what is kept here would belong to that graph
+            raise RuntimeError(
+                f"attention_fp8: the first call with {tokens} tokens came while a CUDA graph is captured; "
+                "run what is captured once before"
+            )
         self._cudnn, self._handle = cudnn, _handle(index)
         self._graph = _built(cudnn, self._handle, batch, tokens, keys, heads, d)
         self._workspace = max(self._graph.get_workspace_size(), 1)

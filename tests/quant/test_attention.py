@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from convrot_kernels import reference
 from convrot_kernels.backends import cudnn
 from convrot_kernels.testing import assert_equal, make_inputs
-from convrot_quant import attention, fp8_attention_, fuse_, quantize_, unfuse_
+from convrot_quant import fp8_attention_, fuse_, quantize_, unfuse_
 from convrot_quant.families import flux as fused_flux
-from convrot_quant.graphs import GraphedForward
+from convrot_quant.graphs import _Watch
 
 Flux = Callable[..., nn.Module]
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
@@ -103,7 +103,7 @@ def test_a_block_that_runs_unfused_attends_in_16_bits(make_flux: Flux) -> None:
 
 
 def test_what_has_no_fused_blocks_is_refused(make_flux: Flux) -> None:
-    with pytest.raises(ValueError, match="only fused blocks attend in 8 bits, and Linear has none; quantize a FLUX"):
+    with pytest.raises(ValueError, match="only fused blocks attend in 8 bits, and Linear has none whose layers"):
         fp8_attention_(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"expected a model such as pipe.transformer; got str"):
         fp8_attention_("model")  # type: ignore[arg-type]
@@ -134,10 +134,26 @@ def test_tokens_shared_among_gpus_are_refused(make_flux: Flux) -> None:
             _run(model, name, **_inputs(model))
 
 
-def test_graphs_are_captured_again(make_flux: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = _model(make_flux), []
-    vars(model)["convrot_graphs"] = GraphedForward(model, None, 3)
-    monkeypatch.setattr(attention, "cuda_graphs_", lambda model, *, keep: asked.append(keep))
+def test_graphs_notice_the_switch_wherever_it_is_thrown(make_flux: Flux) -> None:
+    model = _model(make_flux)
+    for part in (model, model.single_transformer_blocks):
+        for enabled in (True, False):
+            watch = _Watch(model)
+            assert watch.intact()
+            fp8_attention_(part, enabled)  # type: ignore[arg-type]
+            assert not watch.intact()
+
+
+def test_blocks_that_never_run_fused_do_not_count(make_flux: Flux) -> None:
+    model = make_flux()
+    quantize_(model, "w4a16", progress=False)
+    with pytest.raises(ValueError, match="has none whose layers quantize their activations; quantize a FLUX"):
+        fp8_attention_(model)
+
+
+def test_unfusing_takes_the_switch_along(make_flux: Flux) -> None:
+    model = _model(make_flux)
     fp8_attention_(model)
-    fp8_attention_(model, False)
-    assert asked == [3, 3]
+    unfuse_(model)
+    fuse_(model)
+    assert not any(getattr(module, "fp8_attention", False) for module in model.modules())

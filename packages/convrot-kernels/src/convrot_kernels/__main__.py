@@ -4,7 +4,6 @@ import argparse
 import json
 import platform
 import sys
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,18 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _auto(op: str, device: str) -> str:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of slower backends, whose reasons the report gives
-            return dispatch.pick(op, device)[0]
+        return dispatch.pick(op, device)[0]
     except dispatch.BackendError as error:
         return str(error)
 
 
 def examine() -> dict[str, Any]:
-    """Everything the doctor reports. `runs` per device: every op has a backend there."""
+    """Everything the doctor reports. `runs` per device: every op but the optional ones has a backend there."""
     gpus = _gpus()
     devices = {}
     for device in ["cpu", *(f"cuda:{index}" for index in range(len(gpus)))]:
         auto = {op: _auto(op, device) for op in dispatch.ORDER}
-        runs = all(chosen in dispatch.BACKENDS for chosen in auto.values())
+        runs = all(chosen in dispatch.BACKENDS for op, chosen in auto.items() if op not in dispatch.GPU_ORDER)
         devices[device] = {"runs": runs, "backends": dispatch.available_backends(device), "auto": auto}
     from convrot_kernels.backends.cutlass import binding
 

@@ -289,6 +289,9 @@ def scaled_mm_gate_residual(
     return (Result(shape, residual.dtype),)
 
 
+_JOINT_WEIGHTS = ("text_q_weight", "text_k_weight", "q_weight", "k_weight")
+
+
 def _norm_rope(
     op: str, parts: int, sources: dict[str, Tensor], weights: dict[str, Tensor], cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Result, ...]:
@@ -335,12 +338,7 @@ def norm_rope_joint(
     sin: Tensor,
     eps: float = 1e-6,
 ) -> tuple[Result, ...]:
-    weights = {
-        "text_q_weight": text_q_weight,
-        "text_k_weight": text_k_weight,
-        "q_weight": q_weight,
-        "k_weight": k_weight,
-    }
+    weights = dict(zip(_JOINT_WEIGHTS, (text_q_weight, text_k_weight, q_weight, k_weight), strict=True))
     return _norm_rope("norm_rope_joint", 3, {"text": text, "image": image}, weights, cos, sin, eps)
 
 
@@ -368,12 +366,7 @@ def norm_rope_joint_fp8(
     sin: Tensor,
     eps: float = 1e-6,
 ) -> tuple[Result, ...]:
-    weights = {
-        "text_q_weight": text_q_weight,
-        "text_k_weight": text_k_weight,
-        "q_weight": q_weight,
-        "k_weight": k_weight,
-    }
+    weights = dict(zip(_JOINT_WEIGHTS, (text_q_weight, text_k_weight, q_weight, k_weight), strict=True))
     return _as_fp8(_norm_rope("norm_rope_joint_fp8", 3, {"text": text, "image": image}, weights, cos, sin, eps))
 
 

@@ -49,6 +49,9 @@ ORDER: dict[str, tuple[str, ...]] = {
     "unpack_int4": ("reference",),
 }
 
+# on a GPU without the reference, which would take many times the whole step: there the op is optional
+GPU_ORDER: dict[str, tuple[str, ...]] = {"attention_fp8": ("cutlass", "triton")}
+
 AUTO = "auto"
 _chosen: ContextVar[str] = ContextVar("convrot_backend", default=AUTO)
 named = c_int64(0)  # use_backend blocks that name a backend, in all threads: compiled code reads it where it lies
@@ -91,7 +94,8 @@ def pick(op: str, device: torch.device | str) -> tuple[str, ModuleType]:
     """The name and module of the backend that runs `op` on `device` now."""
     device, chosen = torch.device(device), _chosen.get()
     reasons: dict[str, str] = {}
-    for name in ORDER[op] if chosen == AUTO else (chosen,):
+    order = GPU_ORDER.get(op, ORDER[op]) if device.type == "cuda" else ORDER[op]
+    for name in order if chosen == AUTO else (chosen,):
         module = import_module(BACKENDS[name])
         reason = module.why_not(device) if hasattr(module, op) else f"does not implement {op}"
         if reason is None and (needs_more := getattr(module, f"why_not_{op}", None)) is not None:

@@ -277,7 +277,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _normed_and_turned(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, eps: float) -> list[Tensor]:
     """(B, S, H D for each weight) -> of each part (B, S, H, D), fp32; only the norm's result was rounded."""
-    parts = x.chunk(len(weights), dim=-1)
+    parts = x.contiguous().chunk(len(weights), dim=-1)  # results are contiguous whatever x is
     return [
         _turned(_rms_norm(part.unflatten(-1, (-1, weight.shape[0])), weight, eps), cos, sin)
         for part, weight in zip(parts, weights, strict=True)
@@ -329,7 +329,7 @@ def norm_rope_fp8(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B, S, 3 H D) -> q, k, v e4m3 (B, S, H, D), scale of v (B,)."""
-    width = x.shape[2] // 3
+    x, width = x.contiguous(), x.shape[2] // 3
     q, k = _normed_and_turned(x[..., : 2 * width], (q_weight, k_weight), cos, sin, eps)
     v, v_scale = fp8_of(x[..., 2 * width :].unflatten(-1, (-1, q_weight.shape[0])))
     return to_fp8(q), to_fp8(k), v, v_scale

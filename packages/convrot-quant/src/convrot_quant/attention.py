@@ -11,31 +11,31 @@ from torch import nn
 
 from convrot_kernels.backends import cudnn
 from convrot_quant.families.blocks import FusedBlock
-from convrot_quant.graphs import cuda_graphs_
 
 
 def fp8_attention_(model: nn.Module, enabled: bool = True) -> int:
     """From now on fused blocks attend with e4m3 operands, in place; `enabled=False` undoes it. Returns how many do.
 
-    A block that runs diffusers' own forward (an adapter that is no LoRA, a hook, a 16-bit layer) attends in 16 bits, as
-    does all of a model without fused blocks, which is refused. So is context parallelism, when the block runs.
-    CUDA graphs of the model are captured again. On a CPU the reference computes the same numbers, slowly.
+    A block that runs diffusers' own forward (an adapter that is no LoRA, a hook, a 16-bit layer) attends in 16 bits, by
+    the backend that set_attention_backend chose. A model without fused blocks is refused, and context parallelism when
+    the block runs. On a CPU the reference computes the same numbers, slowly.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"fp8_attention_: expected a model such as pipe.transformer; got {type(model).__name__}")
-    blocks = [block for block in model.modules() if isinstance(block, FusedBlock)]
-    if enabled:
-        if not blocks:
-            raise ValueError(
-                f"fp8_attention_: only fused blocks attend in 8 bits, and {type(model).__name__} has none; "
-                "quantize a FLUX.1 transformer first: quantize_(model)"
-            )
-        gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-        for why_not in filter(None, map(cudnn.why_not, gpus)):
-            raise ValueError(f"fp8_attention_: attention in 8 bits does not run here: {why_not}")
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    if not enabled:
+        for block in blocks:
+            vars(block).pop("fp8_attention", None)
+        return 0
+    blocks = [block for block in blocks if block.quantizes()]
+    if not blocks:
+        raise ValueError(
+            f"fp8_attention_: only fused blocks attend in 8 bits, and {type(model).__name__} has none whose layers "
+            "quantize their activations; quantize a FLUX.1 transformer first: quantize_(model)"
+        )
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    for why_not in filter(None, map(cudnn.why_not, gpus)):
+        raise ValueError(f"fp8_attention_: attention in 8 bits does not run here: {why_not}")
     for block in blocks:
-        block.fp8_attention = enabled
-    graphed = vars(model).get("convrot_graphs")
-    if graphed is not None:
-        cuda_graphs_(model, keep=graphed.keep)
-    return len(blocks) if enabled else 0
+        block.fp8_attention = True
+    return len(blocks)

@@ -33,6 +33,7 @@ def unfuse_(model: nn.Module) -> None:
     """Give every fused block diffusers' own forward back."""
     for block in model.modules():
         if is_fused(block):
+            vars(block).pop("fp8_attention", None)
             block.__class__ = type(block).__bases__[-1]
 
 

@@ -51,7 +51,7 @@ class FusedBlock(nn.Module):
 
     _stacks: dict[str, Stack]
     _inner: tuple[nn.Module, ...]
-    fp8_attention = False  # attention.py switches it
+    fp8_attention = False  # attention.py sets it in the block, and takes it out again: CUDA graphs see that
     _were_hooked = False  # when the block last ran
 
     def stacked(self) -> Mapping[str, Sequence[nn.Module]]:
@@ -71,6 +71,10 @@ class FusedBlock(nn.Module):
             bases = [unwrapped(member)[0] for member in members]
             if all(type(base) is ConvLinear4bit for base in bases):
                 self._stacks[name].join(bases)
+
+    def quantizes(self) -> bool:
+        """Whether the layers that are multiplied as one quantize their activations: else the block never runs fused."""
+        return all(opened(*members) is not None for name, members in self.stacked().items() if name != "modulation")
 
     def has_hooks(self) -> bool:
         """Whether a hook is on a module inside, which a fused forward would not call.

@@ -136,7 +136,8 @@ def norm_rope_fp8(
     d = q_weight.shape[0]
     q, k = _results(x, x.shape[1], 3, d, torch.float32)[:2]
     _launch(x, (q_weight, k_weight), (cos, sin), eps, 0, [q, k])
-    return to_fp8(q), to_fp8(k), *fp8_of(x[..., -q.shape[2] * d :].unflatten(-1, (-1, d)))
+    v, v_scale = fp8_of(x[..., -q.shape[2] * d :].unflatten(-1, (-1, d)).contiguous())
+    return to_fp8(q), to_fp8(k), v, v_scale
 
 
 def norm_rope_joint_fp8(

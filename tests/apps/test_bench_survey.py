@@ -337,6 +337,15 @@ def test_attention_needs_a_gpu_that_has_it_in_8_bits(monkeypatch):
         next(attention.measure(Bench("cuda", ("cutlass",), str), 40, 3, 64))
 
 
+def test_rows_of_attention_say_what_multiplied(monkeypatch):
+    monkeypatch.setattr(attention.cudnn, "why_not", lambda device: "an old GPU")
+    assert attention.versions() == {}
+    monkeypatch.setattr(attention.cudnn, "why_not", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(attention, "version", lambda package: f"of {package}")
+    assert attention.versions() == {"cudnn": 91900, "cudnn_frontend": "of nvidia-cudnn-frontend"}
+
+
 def test_attention_in_fp32_goes_row_by_row(monkeypatch):
     monkeypatch.setattr(attention, "ROWS", 7)
     q, k, v = torch.randn(3, 2, 24, 3, 16).unbind()

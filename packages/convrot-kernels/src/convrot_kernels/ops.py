@@ -359,8 +359,8 @@ def norm_rope_joint_fp8(
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """q (B, S, H, D), k, v (B, T, H, D), e4m3, v_scale fp32 (B,) -> softmax(q k^T / sqrt(D)) v v_scale, (B, S, H, D).
 
-    On a GPU by cuDNN (Hopper and newer, pip install nvidia-cudnn-frontend): probabilities are rounded to e4m3 against
-    the running maximum of their row, the result to e4m3 before v_scale.
+    On a GPU by cuDNN, else BackendError: Hopper (newer ones were not tried) and nvidia-cudnn-frontend. Probabilities
+    are rounded to e4m3 against the running maximum of their row, the result to e4m3 before v_scale.
     """
     return _call("attention_fp8", q, k, v, v_scale, out_dtype)
 

@@ -1,8 +1,8 @@
 """fp8_attention_(model): attention of fused blocks with 8-bit operands, off by default.
 
 Attention is 30 % of a 4-bit FLUX step and stays in 16 bits unless asked. Here RMSNorm, rotary embedding and rounding to
-e4m3 are one kernel behind the projection, and cuDNN multiplies: on Hopper and newer, with nvidia-cudnn-frontend. What
-it costs in accuracy and what it gains: docs/quality.md, docs/benchmarks.md.
+e4m3 are one op behind the projection, and cuDNN multiplies: on Hopper, with nvidia-cudnn-frontend (newer GPUs were not
+tried). What it costs in accuracy and what it gains: docs/quality.md, docs/benchmarks.md.
 """
 
 from __future__ import annotations

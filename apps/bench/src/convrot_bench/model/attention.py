@@ -27,6 +27,7 @@ from convrot_bench.model.sides import (
     release,
 )
 from convrot_bench.model.timing import time_rounds, versus
+from convrot_bench.ops.attention import versions
 from convrot_bench.ops.gates import relative_l2
 from convrot_bench.results import Figure
 from convrot_quant import fp8_attention_
@@ -80,7 +81,7 @@ def _at(bench: Bench, scale: Scale, sides: dict[str, Side], size: int, pairs: Pa
     steps = {contender: step for contender, step in steps.items() if contender in wanted}
     phase(f"{size} x {size}, timing {len(steps)} ways to run")
     spreads = time_rounds(steps, bench.device, scale.rounds)
-    more: dict[str, Any] = facts(bench, scale, fused=build.is_fused(sides[WITH].model))
+    more: dict[str, Any] = facts(bench, scale, fused=build.is_fused(sides[WITH].model)) | versions()
     more["relative_l2"] = relative_l2(outs[WITH], outs[BF16])
     more["baseline_relative_l2"] = relative_l2(outs[OURS], outs[BF16])  # of ours without it, in every row
     for case, (ours, baseline) in pairs.items():

@@ -6,7 +6,8 @@ sides are compared with attention in fp32 of the values that neither has rounded
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,10 +76,17 @@ def _compare(bench: Bench, way: Way, sets: list[Operands], shape: dict[str, int]
     seconds = time_all(bench, contenders)
     ours, theirs = seconds["ours"], seconds["theirs"]
     operations = 4 * shape["tokens"] ** 2 * shape["heads"] * shape["D"]
-    more = bench.facts("auto", CASE) | {"timing": timing_of(bench)}
+    more = bench.facts("auto", CASE) | {"timing": timing_of(bench)} | versions()
     more |= {"backend": more["auto"], "relative_l2": errors[0], "baseline_relative_l2": errors[1]}
     more |= {"tflops": operations / ours / 1e12, "baseline_tflops": operations / theirs / 1e12}
     yield Figure(way.case, shape, ours * 1e6, theirs * 1e6, "us", name, more)
+
+
+def versions() -> dict[str, Any]:
+    """What multiplies on a GPU: cuDNN's number (91900 is 9.19.0) and its frontend's version."""
+    if cudnn.why_not(torch.device("cuda")) is not None:
+        return {}
+    return {"cudnn": torch.backends.cudnn.version(), "cudnn_frontend": version("nvidia-cudnn-frontend")}
 
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:

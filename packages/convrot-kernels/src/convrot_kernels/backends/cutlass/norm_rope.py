@@ -32,6 +32,7 @@ def _run(
 def _run_fp8(
     text: Tensor | None, image: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> q, k, v e4m3 (B, S, H, D), scale of v fp32 (B,); weights as in _run."""
     shape = _shape(text, image, weights, 3)
     q, k, v = (image.new_empty(shape, dtype=FP8) for _ in range(3))
     v_scale, most = (image.new_empty(size, dtype=torch.float32) for size in (shape[:1], shape[:2]))

@@ -41,6 +41,9 @@ def products() -> None:
             whole = torch.full((m + 2, n + 24), 7.0, dtype=out_dtype, device=DEVICE)
             ck.scaled_mm_out(whole[1:-1, 8 : 8 + n], a, weight, a_scale, b_scale, bias, b_layout=order)
             assert_equal(whole[1:-1, 8 : 8 + n], expected)
+            beside = [weight, weight.clone()], a_scale, [b_scale, b_scale], [bias, bias]
+            joined = ck.scaled_mm_cat(a, *beside, out_dtype, b_layout=order)
+            assert_equal(joined, torch.cat([expected, expected], dim=-1))
         gate, residual = torch.randn(n).cuda(), torch.randn(m, n).cuda().to(out_dtype)
         arguments = (a, ck.prepare_weight(packed, layout), a_scale, b_scale, bias, gate, residual)
         expected = reference.scaled_mm_gate_residual(*arguments, b_layout=layout)

@@ -15,7 +15,7 @@ from convrot_kernels.backends.cutlass.products import BLOCKS
 from convrot_kernels.testing import make_codes, make_inputs, make_scale
 
 Calls = list[tuple[str, tuple[Any, ...]]]
-UNPACK, GEMV = "convrot_unpack", "convrot_gemv"
+UNPACK, GEMV, JOINED = "convrot_unpack", "convrot_gemv", "convrot_gemv_joined"
 # activation bits, weight bits, packed activations
 W4A4, PACKED, W4A8, W8A8, W8A4 = (4, 4, False), (4, 4, True), (8, 4, False), (8, 8, False), (4, 8, True)
 
@@ -28,7 +28,7 @@ class _Recorder:
         types = library._PLAIN.get(name, library._GEMM)
         assert len(arguments) == len(types), name
         for value, convert in zip(arguments, types, strict=True):
-            convert(value)  # as ctypes would: raises for a wrong type
+            convert.from_param(value)  # as ctypes would: raises for a wrong type
         self.calls.append((name, arguments))
 
     @property
@@ -85,6 +85,39 @@ def test_what_no_gemm_fits_goes_to_the_gemv_padded(recorder: _Recorder, m: int, 
     cutlass.scaled_mm(a, b, a_scale, b_scale, None, dtype)
     assert recorder.names == [GEMV]
     assert recorder.calls[0][1][-4:-1] == (m, n, (k + 31) // 32 * 32)
+
+
+def test_few_rows_meet_many_weights_in_one_launch_where_they_lie(recorder: _Recorder) -> None:
+    widths = (64, 32, 96)
+    weights = [prepare_weight(pack_int4(make_codes(n, 256, seed=n)), BLOCKS) for n in widths]
+    scales, bias = [make_scale(n) for n in widths], [torch.ones(n) for n in widths]
+    x = make_inputs(3, 256)
+    out = cutlass.scaled_mm_cat(x, weights, None, scales, bias, b_layout=BLOCKS)
+    assert recorder.names == [JOINED]
+    count, *lists, format_, a, _, a_scale, bias_dtype, into, _, stride, m, k, _ = recorder.calls[0][1]
+    assert (count, m, k, stride, a_scale, bias_dtype, format_) == (3, 3, 256, 192, None, 0, 0)
+    addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (weights, scales, bias)]
+    assert [list(pointers) for pointers in lists] == [*addresses, list(widths)]
+    assert (a, into) == (x.data_ptr(), out.data_ptr())
+
+
+def test_weights_in_two_forms_are_two_launches_side_by_side(recorder: _Recorder) -> None:
+    weights = [prepare_weight(pack_int4(make_codes(n, 256)), BLOCKS) for n in (64, 24)]  # the second is none of blocks
+    scales = [make_scale(64), make_scale(24)]
+    out = cutlass.scaled_mm_cat(make_codes(2, 256), weights, make_scale(2), scales, b_layout=BLOCKS)
+    assert recorder.names == [JOINED, JOINED]
+    first, second = (arguments for _, arguments in recorder.calls)
+    assert (first[5], second[5]) == (0, 1)
+    assert second[10] - first[10] == 64 * out.element_size()
+
+
+def test_many_rows_of_codes_are_a_gemm_for_each_weight(recorder: _Recorder) -> None:
+    weights = [prepare_weight(pack_int4(make_codes(n, 256)), BLOCKS) for n in (128, 256)]
+    cutlass.scaled_mm_cat(
+        make_codes(300, 256), weights, make_scale(300), [make_scale(128), make_scale(256)], b_layout=BLOCKS
+    )
+    assert recorder.names == ["sm90_s4s8_128x128x128_bf16"] * 2
+    assert {arguments[11] for _, arguments in recorder.calls} == {384}
 
 
 def test_prepared_operands_are_read_where_they_lie(recorder: _Recorder) -> None:

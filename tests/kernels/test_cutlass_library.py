@@ -19,6 +19,7 @@ from convrot_kernels.backends.cutlass.variants import of_arch
 
 ARCH = "sm_90a"
 TYPES = {"void const*": c_void_p, "void*": c_void_p, "int64_t": c_int64, "int": c_int, "float": c_float}
+TYPES |= {"void const* const*": c_void_p, "int const*": c_void_p}  # lists
 NEEDS_GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
@@ -54,7 +55,7 @@ def test_the_gemm_signature_is_the_source_s(source: str) -> None:
     assert list(library._GEMM) == _declared(source, "CONVROT_EXPORT int name")
 
 
-@pytest.mark.parametrize("function", ["convrot_gemv", "convrot_unpack"])
+@pytest.mark.parametrize("function", ["convrot_gemv", "convrot_gemv_joined", "convrot_unpack"])
 def test_the_gemv_signatures_are_the_source_s(function: str) -> None:
     assert list(library._PLAIN[function]) == _declared("gemv.cu", f"CONVROT_EXPORT int {function}")
 

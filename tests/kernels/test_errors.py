@@ -174,6 +174,31 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
         lambda: ck.scaled_mm_out(torch.zeros(2, 8, requires_grad=True), A, B, SA, SB),
         "scaled_mm_out: out must not require grad, got requires_grad=True; use torch.no_grad() or out.detach()",
     ),
+    (lambda: ck.scaled_mm_cat(A, [], SA, []), "scaled_mm_cat: b must hold at least one weight, got none; pass the"),
+    (
+        lambda: ck.scaled_mm_cat(A, [B, B], SA, [SB]),
+        "scaled_mm_cat: b_scale must hold one vector for each weight, got 1 for 2; pass as many",
+    ),
+    (
+        lambda: ck.scaled_mm_cat(A, [B, B], SA, [SB, SB], [GATE[0]]),
+        "scaled_mm_cat: bias must hold one vector for each weight, got 1 for 2; pass as many",
+    ),
+    (
+        lambda: ck.scaled_mm_cat(A, [B, ck.unpack_int4(B)], SA, [SB, SB]),
+        "scaled_mm_cat: b must be of one dtype, got b[0] torch.uint8, b[1] torch.int8; multiply those of another in a",
+    ),
+    (
+        lambda: ck.scaled_mm_cat(A, [B, B], SA, [SB, SB], [GATE, GATE.half()]),
+        "scaled_mm_cat: bias must be of one dtype, got bias[0] torch.float32, bias[1] torch.float16; multiply",
+    ),
+    (
+        lambda: ck.scaled_mm_cat(A, [B, B[:, :8]], SA, [SB, SB]),
+        "scaled_mm_cat, weight 1: a and b must have the same K, got",
+    ),
+    (
+        lambda: ck.scaled_mm_cat(A, [B, B], SA, [SB, SB[:7]]),
+        "scaled_mm_cat, weight 1: b_scale must have the shape (8,), got (7,); reshape",
+    ),
     (
         lambda: ck.scaled_mm_gate_residual(A, B, SA, SB, None, GATE[:3], RESIDUAL),
         "scaled_mm_gate_residual: gate must have the shape (8,) or (2, 8), got (3,); reshape or slice gate",

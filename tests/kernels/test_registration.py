@@ -21,6 +21,11 @@ def _matrix_product() -> tuple[Tensor, ...]:
     return a, b, make_scale(2, 5), make_scale(24), torch.linspace(-1, 1, 24)
 
 
+def _joined() -> tuple[Any, ...]:
+    a, b, a_scale, b_scale, bias = _matrix_product()
+    return a, [b, b[:16]], a_scale, [b_scale, b_scale[:16].clone()], [bias, bias[:16].clone()]
+
+
 def _x(seed: int = 0) -> Tensor:
     return make_inputs(2, 5, 128, seed=seed)
 
@@ -43,6 +48,7 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "rotate_quantize_cat_gelu": lambda: ((_x(), _x(1), 64, 8), {}),
     "scaled_mm": lambda: (_matrix_product(), {"out_dtype": torch.float16}),
     "scaled_mm_out": lambda: ((torch.zeros(2, 5, 64).bfloat16()[..., 8:32], *_matrix_product()), {}),
+    "scaled_mm_cat": lambda: (_joined(), {"out_dtype": torch.float16}),
     "scaled_mm_gate_residual": lambda: ((*_matrix_product(), torch.ones(2, 24), torch.ones(2, 5, 24)), {}),
     "norm_rope": lambda: ((_x(), *torch.ones(2, 16), *torch.ones(2, 5, 16)), {"eps": 1e-5}),
     "norm_rope_joint": lambda: ((_wide(), _wide(1), *torch.ones(4, 16), *torch.ones(2, 10, 16)), {}),

@@ -248,11 +248,25 @@ def scaled_mm(
     *,
     b_layout: str = "row_major",
 ) -> tuple[Result, ...]:
-    shape = _product("scaled_mm", a, b, a_scale, b_scale, bias, b_layout)
+    return (_returned("scaled_mm", a, b, a_scale, b_scale, bias, out_dtype, b_layout),)
+
+
+def _returned(
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    layout: str,
+) -> Result:
+    """Of a product that is not written into a tensor of the caller's."""
+    shape = _product(op, a, b, a_scale, b_scale, bias, layout)
     dtype = out_dtype or (a.dtype if a.dtype in FLOATS else torch.bfloat16)
     if dtype not in FLOATS:
-        _fail("scaled_mm", "out_dtype must be float16, bfloat16 or float32", str(dtype), "use torch.bfloat16")
-    return (Result(shape, dtype),)
+        _fail(op, "out_dtype must be float16, bfloat16 or float32", str(dtype), "use torch.bfloat16")
+    return Result(shape, dtype)
 
 
 def scaled_mm_out(
@@ -269,6 +283,51 @@ def scaled_mm_out(
     _check_shape(op, "out", out, _product(op, a, b, a_scale, b_scale, bias, b_layout, out=out))
     _check_written(op, out)
     return ()
+
+
+def scaled_mm_cat(
+    a: Tensor,
+    b: Sequence[Tensor],
+    a_scale: Tensor | None,
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> tuple[Result, ...]:
+    op = "scaled_mm_cat"
+    if not b:
+        _fail(op, "b must hold at least one weight", "none", "pass the weights that meet a")
+    for name, vectors in (("b_scale", b_scale), *([("bias", bias)] if bias else [])):
+        if len(vectors) != len(b):
+            _fail(op, f"{name} must hold one vector for each weight", f"{len(vectors)} for {len(b)}", "pass as many")
+    _check_no_gradient(op, **{f"b_scale[{i}]": scale for i, scale in enumerate(b_scale)})
+    _check_no_gradient(op, **{f"bias[{i}]": vector for i, vector in enumerate(bias)})
+    (*rows, n), dtype = _returned(op, a, b[0], a_scale, b_scale[0], bias[0] if bias else None, out_dtype, b_layout)
+    for i in range(1, len(b)):
+        vector = bias[i] if bias else None
+        if not _is_alike(b[i], b_scale[i], vector, b[0], bias[0] if bias else None):  # says why, or that it fits too
+            _product(f"{op}, weight {i}", a, b[i], a_scale, b_scale[i], vector, b_layout)
+            for name, tensors in (("b", b), *([("bias", bias)] if bias else [])):
+                if tensors[i].dtype != tensors[0].dtype:
+                    got = f"{name}[0] {tensors[0].dtype}, {name}[{i}] {tensors[i].dtype}"
+                    _fail(op, f"{name} must be of one dtype", got, "multiply those of another in a call of their own")
+        n += b[i].shape[0]
+    return (Result((*rows, n), dtype),)
+
+
+def _is_alike(b: Tensor, b_scale: Tensor, bias: Tensor | None, first: Tensor, first_bias: Tensor | None) -> bool:
+    """Whether a weight is as good as the first, which was checked: quickly, for a step has many."""
+    width, device, vectors = (b.shape[0],), first.device, [(b_scale, torch.float32)]
+    if bias is not None and first_bias is not None:
+        vectors.append((bias, first_bias.dtype))
+    return (
+        b.dtype == first.dtype
+        and b.dim() == 2
+        and b.shape[1] == first.shape[1]
+        and b.device == device
+        and all(v.dtype == dtype and v.shape == width and v.device == device for v, dtype in vectors)
+    )
 
 
 def scaled_mm_gate_residual(

@@ -37,6 +37,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "rotate_quantize_cat_gelu": _FASTEST_FIRST,
     "scaled_mm": _FASTEST_FIRST,
     "scaled_mm_out": _FASTEST_FIRST,
+    "scaled_mm_cat": _FASTEST_FIRST,
     "scaled_mm_gate_residual": _FASTEST_FIRST,
     "norm_rope": _FASTEST_FIRST,
     "norm_rope_joint": _FASTEST_FIRST,

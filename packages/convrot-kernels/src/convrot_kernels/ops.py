@@ -30,6 +30,8 @@ SCHEMAS = (
     f"rotate_quantize_cat_gelu(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
     f"scaled_mm({_PAIR}, ScalarType? out_dtype=None, *, {_LAYOUT}) -> Tensor",
     f"scaled_mm_out(Tensor(a!) out, {_PAIR}, *, {_LAYOUT}) -> ()",
+    "scaled_mm_cat(Tensor a, Tensor[] b, Tensor? a_scale, Tensor[] b_scale, Tensor[] bias, ScalarType? out_dtype=None, "
+    f"*, {_LAYOUT}) -> Tensor",
     "scaled_mm_gate_residual(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, Tensor gate, "
     f"Tensor residual, *, {_LAYOUT}) -> Tensor",
     "norm_rope(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps=1e-6) -> (Tensor, Tensor)",
@@ -266,6 +268,27 @@ def scaled_mm_out(
         checks.scaled_mm_out(out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
     _call("scaled_mm_out", out, a, b, a_scale, b_scale, bias, b_layout=b_layout)
     _written(out)
+
+
+def scaled_mm_cat(
+    a: Tensor,
+    b: Sequence[Tensor],
+    a_scale: Tensor | None,
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> Tensor:
+    """(..., K) x weights (N1, K), (N2, K), ... of one dtype -> (..., N1 + N2 + ...): their scaled_mm side by side.
+
+    b_scale: fp32 (N1,), (N2,), ...; bias: none, or one (N,) for each, of one dtype. Wherever the weights lie, few rows
+    are multiplied with all of them at once.
+    """
+    b, b_scale, bias = list(b), list(b_scale), list(bias)
+    if _ask_for_gradients(*b_scale, *bias):
+        checks.scaled_mm_cat(a, b, a_scale, b_scale, bias, out_dtype, b_layout=b_layout)
+    return _call("scaled_mm_cat", a, b, a_scale, b_scale, bias, out_dtype, b_layout=b_layout)
 
 
 def _ask_for_gradients(*tensors: Tensor) -> bool:

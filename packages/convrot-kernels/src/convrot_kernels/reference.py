@@ -8,7 +8,7 @@ A backend changes speed, never these numbers:
 Arguments arrive validated (checks.py). Sizes: M tokens, N outputs, K inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -435,6 +435,21 @@ def scaled_mm_out(
     """scaled_mm written into out (..., N), rounded once to its dtype."""
     assert b_scale is not None, "checks.py requires b_scale"
     out.copy_(_scaled(a, b, a_scale, b_scale, bias, b_layout))
+
+
+def scaled_mm_cat(
+    a: Tensor,
+    b: Sequence[Tensor],
+    a_scale: Tensor | None,
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> Tensor:
+    """(..., K) x (N1, K), (N2, K), ... -> (..., N1 + N2 + ...): scaled_mm of each, one after the other."""
+    members = zip(b, b_scale, bias or [None] * len(b), strict=True)
+    return torch.cat([scaled_mm(a, x, a_scale, y, z, out_dtype, b_layout=b_layout) for x, y, z in members], dim=-1)
 
 
 def scaled_mm_gate_residual(

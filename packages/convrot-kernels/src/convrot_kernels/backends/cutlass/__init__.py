@@ -19,6 +19,7 @@ from convrot_kernels.backends.cutlass.products import (
     preferred_codes,
     preferred_layout,
     scaled_mm,
+    scaled_mm_cat,
     scaled_mm_gate_residual,
     scaled_mm_out,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "rotate_quantize_modulate",
     "rotate_quantize_silu_mul",
     "scaled_mm",
+    "scaled_mm_cat",
     "scaled_mm_gate_residual",
     "scaled_mm_out",
     "unpack_int4",

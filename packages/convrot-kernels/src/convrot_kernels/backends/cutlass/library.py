@@ -21,6 +21,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p),
         *(*_EPILOGUE, c_void_p, c_int, c_int64, c_int, c_int, c_int, c_void_p),
     ),
+    "convrot_gemv_joined": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int),
+        *(c_void_p, c_int, c_int64, c_int, c_int, c_void_p),
+    ),
     "convrot_unpack": (c_void_p, c_void_p, c_int64, c_void_p),
     "convrot_norm_rope": (
         *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int),

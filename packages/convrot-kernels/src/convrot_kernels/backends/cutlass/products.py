@@ -1,11 +1,13 @@
-"""scaled_mm, scaled_mm_out and scaled_mm_gate_residual on the compiled library.
+"""scaled_mm, its _out, _cat and _gate_residual on the compiled library.
 
 Every shape runs: `variants.pick` names a GEMM, else the GEMV does the product (fp32 output, few rows, 16-bit values,
 extents off the GEMM's multiples). Operands are padded, packed codes widened and buffers copied only where a kernel
 needs it; with the codes and the layout that `preferred_codes` and `preferred_layout` name, nothing is.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
+from ctypes import c_int, c_void_p
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convrot_kernels.backends.cutlass import library
-from convrot_kernels.backends.cutlass.variants import MAX_K, GemmVariant, pick
+from convrot_kernels.backends.cutlass.variants import GEMV_ROWS, MAX_K, GemmVariant, pick
 from convrot_kernels.layouts import LAYOUTS
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in abi.h
@@ -127,11 +129,14 @@ def _gemm(
     )
 
 
+def _format(weight: _Weight) -> int:
+    return _BYTES if weight.codes.dtype == torch.int8 else _REORDERED if weight.reordered else _PACKED
+
+
 def _gemv(ours: library.Library, weight: _Weight, x: Tensor, out: Tensor, e: _Epilogue, stream: int) -> None:
-    form = _BYTES if weight.codes.dtype == torch.int8 else _REORDERED if weight.reordered else _PACKED
     ours.call(
         "convrot_gemv",
-        *(weight.codes.data_ptr(), form, x.data_ptr(), DTYPES.get(x.dtype, _CODES)),
+        *(weight.codes.data_ptr(), _format(weight), x.data_ptr(), DTYPES.get(x.dtype, _CODES)),
         *(
             _address(e.a_scale),
             e.b_scale.data_ptr(),
@@ -245,6 +250,70 @@ def scaled_mm_out(
         out.copy_(scaled_mm(a, b, a_scale, b_scale, bias, out.dtype, b_layout=b_layout))
     else:
         _multiply(rows, a, b, a_scale, b_scale, bias, b_layout)
+
+
+def scaled_mm_cat(
+    a: Tensor,
+    b: Sequence[Tensor],
+    a_scale: Tensor | None,
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> Tensor:
+    """(..., K) x (N1, K), (N2, K), ... -> (..., N1 + N2 + ...): on the GEMV in one launch, else one GEMM each."""
+    dtype = out_dtype or (a.dtype if a.is_floating_point() else torch.bfloat16)
+    widths = [weight.shape[0] for weight in b]
+    out, rows = _new((*a.shape[:-1], sum(widths)), dtype, a.device)
+    m, k = len(rows), a.shape[-1] * (2 if a.dtype == torch.uint8 else 1)
+    if a.is_floating_point() or (m <= GEMV_ROWS and k <= MAX_K):
+        _gemv_joined(rows, a, b, a_scale, b_scale, bias, b_layout)
+        return out
+    for part, weight, scale, vector in zip(rows.split(widths, 1), b, b_scale, bias or [None] * len(b), strict=True):
+        _multiply(part, a, weight, a_scale, scale, vector, b_layout)
+    return out
+
+
+def _gemv_joined(
+    out: Tensor,
+    a: Tensor,
+    b: Sequence[Tensor],
+    a_scale: Tensor | None,
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    layout: str,
+) -> None:
+    """out (M, N1 + N2 + ...); neighbours whose codes are in one form share a launch."""
+    arch, ours = library.of(out.device)
+    members = [i for i, weight in enumerate(b) if weight.shape[0]]
+    if not len(out):
+        return
+    with torch.cuda.device(out.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        x = ready(_padded(a.reshape(len(out), a.shape[-1])))
+        x = _unpack(x, ours, stream) if x.dtype == torch.uint8 else x
+        row_scale = None if a_scale is None else a_scale.reshape(-1).contiguous()
+        weights = {i: _weight(b[i], layout, arch) for i in members}
+        scales = {i: b_scale[i].contiguous() for i in members}
+        biases = {i: bias[i].contiguous() if bias else None for i in members}
+        column = 0
+        for form, run in groupby(members, key=lambda i: _format(weights[i])):
+            joined = list(run)
+            widths = [b[i].shape[0] for i in joined]
+            pointers = c_void_p * len(joined)
+            ours.call(
+                "convrot_gemv_joined",
+                len(joined),
+                pointers(*(weights[i].codes.data_ptr() for i in joined)),
+                pointers(*(scales[i].data_ptr() for i in joined)),
+                pointers(*(_address(biases[i]) for i in joined)),
+                (c_int * len(joined))(*widths),
+                *(form, x.data_ptr(), DTYPES.get(x.dtype, _CODES), _address(row_scale)),
+                _dtype(bias[0] if bias else None),
+                *(out[:, column:].data_ptr(), DTYPES[out.dtype], out.stride(0), len(out), x.shape[1], stream),
+            )
+            column += sum(widths)
 
 
 def _as_rows(out: Tensor) -> Tensor | None:

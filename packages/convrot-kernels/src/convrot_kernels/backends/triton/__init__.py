@@ -34,6 +34,7 @@ __all__ = [
     "rotate_quantize_modulate",
     "rotate_quantize_silu_mul",
     "scaled_mm",
+    "scaled_mm_cat",
     "scaled_mm_gate_residual",
     "scaled_mm_out",
     "unpack_int4",
@@ -71,6 +72,7 @@ rotate_quantize_modulate = _loaded_late("rotate_quantize_modulate", "rotate_quan
 rotate_quantize_silu_mul = _loaded_late("rotate_quantize_silu_mul", "rotate_quantize_kernel")
 rotate_quantize_cat_gelu = _loaded_late("rotate_quantize_cat_gelu", "rotate_quantize_kernel")
 scaled_mm = _loaded_late("scaled_mm", "scaled_mm_kernel")
+scaled_mm_cat = _loaded_late("scaled_mm_cat", "scaled_mm_kernel")
 scaled_mm_out = _loaded_late("scaled_mm_out", "scaled_mm_kernel")
 scaled_mm_gate_residual = _loaded_late("scaled_mm_gate_residual", "scaled_mm_kernel")
 

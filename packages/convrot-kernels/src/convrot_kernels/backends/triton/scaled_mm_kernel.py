@@ -18,6 +18,7 @@ nibbles an instruction there; the portable way is for the interpreter. The table
 Not tried: a persistent grid, warp specialization, split K for M = 1, e4m3 products where a GPU has no int8 ones.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -286,6 +287,26 @@ def scaled_mm_out(
         out.copy_(scaled_mm(a, b, a_scale, b_scale, bias, out.dtype, b_layout=b_layout))
     else:
         _launch(rows, a, b, a_scale, b_scale, bias, b_layout=b_layout)
+
+
+def scaled_mm_cat(
+    a: Tensor,
+    b: Sequence[Tensor],
+    a_scale: Tensor | None,
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    *,
+    b_layout: str = "row_major",
+) -> Tensor:
+    """(..., K) x (N1, K), (N2, K), ... -> (..., N1 + N2 + ...): one launch each, into its columns."""
+    dtype = out_dtype or (a.dtype if a.is_floating_point() else torch.bfloat16)
+    widths = [weight.shape[0] for weight in b]
+    out = torch.empty((*a.shape[:-1], sum(widths)), dtype=dtype, device=a.device)
+    columns = out.view(out.shape[:-1].numel(), out.shape[-1]).split(widths, dim=1)
+    for part, weight, scale, vector in zip(columns, b, b_scale, bias or [None] * len(b), strict=True):
+        _launch(part, a, weight, a_scale, scale, vector, b_layout=b_layout)
+    return out
 
 
 def scaled_mm_gate_residual(

@@ -70,9 +70,9 @@ __host__ __device__ int staged_fragments(Product const& p) {
 }
 
 // kGroups groups of eight tokens. x of a single group stands in shared memory, fragment by fragment: every warp of a
-// block reads all of it. x of more is read where it is.
+// block reads all of it. x of more is read where it is. `block`: which tiles of the weight.
 template <Format kFormat, class X, int kGroups, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, kGroups > 1 ? 1 : kWarps == 4 ? 5 : 3) gemv(Product const p) {
+__device__ __forceinline__ void multiply(Product const& p, int block) {
   using Weight = Chunk<kFormat>;
   using Sum = std::conditional_t<std::is_same_v<X, int8_t>, int, float>;
   constexpr bool kStaged = kGroups == 1;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups > 1 ? 1 : kWarps == 4 ? 5
   extern __shared__ uint4 dynamic[];
   __shared__ Sum sums[kWarps][kOutputs];
   auto* const staged = reinterpret_cast<XFragment<X>*>(dynamic);
-  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, tile0 = blockIdx.x * kTiles;
+  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5, tile0 = block * kTiles;
   int const chunks = (p.k + Weight::kColumns - 1) / Weight::kColumns;
 
   typename Weight::Place const places[2] = {{p, tile0, lane}, {p, tile0 + kTiles - 1, lane}};
@@ -189,28 +189,102 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups > 1 ? 1 : kWarps == 4 ? 5
   }
 }
 
+constexpr int blocks_per_sm(int groups, int warps) { return groups > 1 ? 1 : warps == 4 ? 5 : 3; }
+
+template <Format kFormat, class X, int kGroups, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kGroups, kWarps)) gemv(Product const p) {
+  multiply<kFormat, X, kGroups, kWarps>(p, blockIdx.x);
+}
+
+// Weights of one K that meet the same x, in one launch: their blocks follow one another. By value, so that a CUDA graph
+// keeps it.
+constexpr int kMostJoined = 64;
+
+struct Member {
+  void const* weight;
+  float const* b_scale;
+  void const* bias;
+  void* out;  // its first column
+  int n, first;  // block
+};
+struct Joined {
+  Product shared;  // what Member lacks
+  int count;
+  Member members[kMostJoined];
+};
+static_assert(sizeof(Joined) <= 4096, "what a kernel takes as arguments on every GPU");
+
+template <Format kFormat, class X>
+__global__ void __launch_bounds__(128, blocks_per_sm(1, 4)) gemv_joined(__grid_constant__ Joined const joined) {
+  int at = 0, beyond = joined.count;  // the member whose blocks this one is of lies in [at, beyond)
+  while (beyond - at > 1) {
+    int const middle = (at + beyond) / 2;
+    if (joined.members[middle].first <= int(blockIdx.x)) at = middle;
+    else beyond = middle;
+  }
+  Member const& mine = joined.members[at];
+  Product p = joined.shared;
+  p.weight = mine.weight, p.b_scale = mine.b_scale, p.bias = mine.bias, p.out = mine.out, p.n = mine.n;
+  multiply<kFormat, X, 1, 4>(p, int(blockIdx.x) - mine.first);
+}
+
+template <class Kernel>
+int allow_shared(Kernel* kernel, int bytes) {
+  if (bytes <= 32 << 10) return kOk;  // beside the sums in the 48 KB that need no asking
+  return cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 template <Format kFormat, class X, int kGroups, int kWarps>
 int launch(Product const& p, int bytes, cudaStream_t stream) {
   constexpr auto* kernel = gemv<kFormat, X, kGroups, kWarps>;
-  if (bytes > 32 << 10) {  // beside the sums in the 48 KB that need no asking
-    int const status = cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    if (status != kOk) return status;
-  }
+  if (int const status = allow_shared(kernel, bytes); status != kOk) return status;
   int const rows = kRows * (kGroups == 1 ? Chunk<kFormat>::kTiles : 1), tokens = 8 * kGroups;
   kernel<<<dim3((p.n + rows - 1) / rows, (p.m + tokens - 1) / tokens), kWarps * 32, bytes, stream>>>(p);
   return cuda_status(cudaGetLastError());
 }
 
+// 0 where x is read where it is
+template <Format kFormat, class X>
+int staged_bytes(Product const& p) {
+  int const bytes = staged_fragments<kFormat>(p) * int(sizeof(XFragment<X>));
+  return p.m > 8 || bytes > kMostStaged ? 0 : bytes;
+}
+
 template <Format kFormat, class X>
 int launch(Product const& p, cudaStream_t stream) {
-  int const bytes = staged_fragments<kFormat>(p) * int(sizeof(XFragment<X>));
-  if (p.m > 8 || bytes > kMostStaged) return launch<kFormat, X, 4, 8>(p, 0, stream);
+  int const bytes = staged_bytes<kFormat, X>(p);
+  if (bytes == 0) return launch<kFormat, X, 4, 8>(p, 0, stream);
   // many rows: blocks of half the warps, so that all of N = 18432 are on an H200 at once
   return p.n >= 12288 ? launch<kFormat, X, 1, 4>(p, bytes, stream) : launch<kFormat, X, 1, 8>(p, bytes, stream);
 }
 
-template <Format kFormat>
-int launch(Product const& p, int x_dtype, cudaStream_t stream) {
+template <Format kFormat, class X>
+int launch(Joined& joined, cudaStream_t stream) {
+  Product p = joined.shared;
+  int const bytes = staged_bytes<kFormat, X>(p);
+  if (bytes == 0) {  // long enough each
+    int status = kOk;
+    for (int i = 0; i < joined.count && status == kOk; ++i) {
+      Member const& mine = joined.members[i];
+      p.weight = mine.weight, p.b_scale = mine.b_scale, p.bias = mine.bias, p.out = mine.out, p.n = mine.n;
+      status = launch<kFormat, X>(p, stream);
+    }
+    return status;
+  }
+  constexpr int rows = kRows * Chunk<kFormat>::kTiles;
+  int blocks = 0;
+  for (int i = 0; i < joined.count; ++i) {
+    joined.members[i].first = blocks;
+    blocks += (joined.members[i].n + rows - 1) / rows;
+  }
+  constexpr auto* kernel = gemv_joined<kFormat, X>;
+  if (int const status = allow_shared(kernel, bytes); status != kOk) return status;
+  kernel<<<blocks, 128, bytes, stream>>>(joined);
+  return cuda_status(cudaGetLastError());
+}
+
+template <Format kFormat, class Arguments>
+int launch(Arguments& p, int x_dtype, cudaStream_t stream) {
   switch (x_dtype) {
     case kFloat32:
       return launch<kFormat, float>(p, stream);
@@ -221,6 +295,24 @@ int launch(Product const& p, int x_dtype, cudaStream_t stream) {
     default:
       return launch<kFormat, int8_t>(p, stream);
   }
+}
+
+template <class Arguments>
+int launch(Arguments& p, int format, int x_dtype, cudaStream_t stream) {
+  switch (format) {
+    case kReordered:
+      return launch<kReordered>(p, x_dtype, stream);
+    case kPacked:
+      return launch<kPacked>(p, x_dtype, stream);
+    case kBytes:
+      return launch<kBytes>(p, x_dtype, stream);
+    default:
+      return kUnknownShape;
+  }
+}
+
+bool fits(int format, int m, int n, int k) {
+  return m >= 1 && n >= 1 && k >= 32 && k % 32 == 0 && m <= 65535 * 32 && (format != kReordered || n % kRows == 0);
 }
 
 // sixteen codes a thread: 8 bytes in, 16 out
@@ -247,7 +339,7 @@ CONVROT_EXPORT int convrot_gemv(void const* weight, int format, void const* x, i
                                 void const* residual, int64_t residual_stride, void* out, int out_dtype,
                                 int64_t out_stride, int m, int n, int k, void* stream) {
   using namespace convrot;
-  if (m < 1 || n < 1 || k < 32 || k % 32 != 0 || m > 65535 * 32) return kUnknownShape;
+  if (!fits(format, m, n, k)) return kUnknownShape;
   Product const p{weight,
                   x,
                   static_cast<float const*>(a_scale),
@@ -264,17 +356,34 @@ CONVROT_EXPORT int convrot_gemv(void const* weight, int format, void const* x, i
                   m,
                   n,
                   k};
-  auto const at = static_cast<cudaStream_t>(stream);
-  switch (format) {
-    case kReordered:
-      return n % kRows ? kUnknownShape : launch<kReordered>(p, x_dtype, at);
-    case kPacked:
-      return launch<kPacked>(p, x_dtype, at);
-    case kBytes:
-      return launch<kBytes>(p, x_dtype, at);
-    default:
-      return kUnknownShape;
+  return launch(p, format, x_dtype, static_cast<cudaStream_t>(stream));
+}
+
+// `count` weights (n_i, K), each with its scale, and its bias or null: out (M, sum of n_i), one after the other
+CONVROT_EXPORT int convrot_gemv_joined(int count, void const* const* weights, void const* const* b_scales,
+                                       void const* const* biases, int const* ns, int format, void const* x, int x_dtype,
+                                       void const* a_scale, int bias_dtype, void* out, int out_dtype, int64_t out_stride,
+                                       int m, int k, void* stream) {
+  using namespace convrot;
+  if (count < 1) return kUnknownShape;
+  for (int i = 0; i < count; ++i) {
+    if (!fits(format, m, ns[i], k)) return kUnknownShape;
   }
+  Joined joined{};
+  Product& p = joined.shared;
+  p.x = x, p.a_scale = static_cast<float const*>(a_scale), p.out_stride = out_stride;
+  p.bias_dtype = bias_dtype, p.out_dtype = out_dtype, p.m = m, p.k = k;
+  auto* column = static_cast<char*>(out);
+  for (int i = 0; i < count; ++i) {
+    auto const* b_scale = static_cast<float const*>(b_scales[i]);
+    joined.members[joined.count++] = {weights[i], b_scale, biases[i], column, ns[i], 0};
+    column += int64_t(ns[i]) * (out_dtype == kFloat32 ? 4 : 2);
+    if (joined.count < kMostJoined && i + 1 < count) continue;
+    int const status = launch(joined, format, x_dtype, static_cast<cudaStream_t>(stream));
+    if (status != kOk) return status;
+    joined.count = 0;
+  }
+  return kOk;
 }
 
 // packed: `pieces` times 8 bytes, both 16-byte aligned

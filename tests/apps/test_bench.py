@@ -221,8 +221,8 @@ def test_plan_of_a_gpu_has_every_case_once_a_shape(monkeypatch):
     sizes = (shapes.FLUX_LINEARS, shapes.FLUX_TOKENS)
     count = Counter(job.label.split()[0] for job in ops.plan(bench, ops.CASES, sizes, 1))
     assert count == {
-        "gemm_w4a4": 12, "linear_w4a4": 12, "gemm_step": 1, "gemv_w4a16": 4, "rotate_quantize": 9, "host_cost": 1,
-        "weight_bits": 1,
+        "gemm_w4a4": 12, "linear_w4a4": 12, "gemm_step": 1, "gemv_w4a16": 4, "gemv_step": 1, "rotate_quantize": 9,
+        "host_cost": 1, "weight_bits": 1,
     }  # fmt: skip
     assert said == [
         "linear_w4a4_vs_comfy_kitchen skipped: comfy-kitchen is not installed, run `pip install 'convrot-bench[peers]'`"
@@ -249,16 +249,19 @@ def test_cases_of_a_gpu_run_on_small_shapes(clock):
             *linears.linear_w4a4(bench, 4, 32, 256),
             *linears.gemv_w4a16(bench, 1, 32, 256),
             *step.gemm_step(bench, ((1, 32, 256), (4, 32, 256), (4, 32, 256), (4, 16, 512))),
+            *step.gemv_step(bench, ((1, 32, 256), (1, 16, 256))),
             *costs.weight_bits(bench, 32, 256),
         ]
     assert not bench.failures
     rows = {f.case: f for f in figures}
-    assert list(rows) == ["gemm_w4a4", "linear_w4a4", "gemv_w4a16", "gemm_step", "weight_bits"]
+    assert list(rows) == ["gemm_w4a4", "linear_w4a4", "gemv_w4a16", "gemm_step", "gemv_step", "weight_bits"]
     assert all(f.more["backend"] == "reference" and "auto" in f.more for f in figures)
     assert all(f.more["timing"] == "cuda graph, sustained" for f in figures[:-1])
     assert rows["gemm_w4a4"].shape == {"M": 4, "N": 32, "K": 256}
     assert rows["gemm_step"].shape == {"model": "FLUX.1-dev", "products": 4}
     assert rows["gemm_step"].more["operations"] == 2 * 256 * (32 + 3 * 4 * 32)
+    assert rows["gemv_step"].shape == {"model": "FLUX.1-dev", "products": 2}
+    assert rows["gemv_step"].more["apart_us"] > 0
     bits = rows["weight_bits"]
     assert (bits.ours, bits.baseline, bits.more["bits_per_weight"]) == (32 * 128 + 128, 2 * 32 * 256, 4.0)
 

@@ -130,6 +130,26 @@ def test_sixteen_bit_activations_are_summed_in_fp32(m: int, n: int, k: int, layo
         assert ((actual.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+@pytest.mark.parametrize("m", [1, 3, 8, 9])
+def test_many_weights_at_once_are_summed_as_each_alone(m: int, dtype: torch.dtype) -> None:
+    """More than a launch takes, of every size: blocks of four warps and of eight, weights that no block is full of."""
+    widths, k = [16, 48, 12288, 272, 16384, 32, 80, *range(16, 16 * 65, 16)], 1088
+    scales, bias = [make_scale(n, device="cuda", seed=n) for n in widths], [torch.randn(n).cuda() for n in widths]
+    coded = dtype == torch.int8
+    a = make_codes(m, k, device="cuda") if coded else make_inputs(m, k, dtype=dtype, device="cuda")
+    a_scale = make_scale(m, device="cuda") if coded else None
+    for bits, layout in ((4, BLOCKS), (4, "row_major"), (8, "row_major")):
+        codes = [make_codes(n, k, bits=bits, device="cuda", seed=n) for n in widths]
+        weights = [prepare_weight(_store(b, bits == 4), layout) for b in codes]
+        out = cutlass.scaled_mm_cat(a, weights, a_scale, scales, bias, b_layout=layout)
+        alone = [
+            cutlass.scaled_mm(a, weight, a_scale, scale, vector, b_layout=layout)
+            for weight, scale, vector in zip(weights, scales, bias, strict=True)
+        ]
+        assert_equal(out, torch.cat(alone, dim=-1))
+
+
 def test_two_runs_a_side_stream_and_a_captured_graph_agree(problem: Problem) -> None:
     a, b, a_scale, b_scale, bias = problem(300, 512, 1024)
     packed = prepare_weight(pack_int4(b), BLOCKS)

@@ -180,26 +180,6 @@ def test_fp16_is_clipped_as_diffusers_clips_it(make_flux: Flux) -> None:
             assert text.isfinite().all()
 
 
-def test_the_embedding_is_rotated_once_a_step_and_again_when_it_changes(
-    make_flux: Flux, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from convrot_quant.families import blocks
-
-    fused, _ = _pair(make_flux)
-    made: list[Scheme] = []
-    monkeypatch.setattr(blocks, "operand", lambda x, scheme: made.append(scheme) or operand(x, scheme))
-    inputs = _block_inputs(fused)
-    with torch.no_grad():
-        first = fused.get_submodule(BLOCKS[0])(**inputs)
-        fused.get_submodule(BLOCKS[1])(**inputs)
-        assert len(made) == 1
-        inputs["temb"].add_(1)
-        assert not torch.equal(fused.get_submodule(BLOCKS[0])(**inputs)[0], first[0])
-        assert len(made) == 2
-        fused.get_submodule(BLOCKS[0])(**(inputs | {"temb": inputs["temb"].clone()}))
-        assert len(made) == 3
-
-
 # storage
 
 

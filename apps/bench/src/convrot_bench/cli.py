@@ -18,8 +18,9 @@ TABLES = (
     "step, sizes, peers, families, pipeline, breakdown, loading, lora, branch, attention, conversion, vram or parallel"
 )
 CASES = (
-    "gemm_w4a4, linear_w4a4, linear_w4a4_vs_comfy_kitchen, gemm_step, gemv_w4a16, rotate_quantize, "
-    "rotate_quantize_triton, host_cost, weight_bits; by name only: survey, breakdown, rotations, peers, attention"
+    "gemm_w4a4, linear_w4a4, linear_w4a4_vs_comfy_kitchen, gemm_step, gemv_w4a16, gemv_step, "
+    "rotate_quantize, rotate_quantize_triton, host_cost, weight_bits; "
+    "by name only: survey, breakdown, rotations, peers, attention"
 )
 FAMILIES = "FLUX.1-dev, SD3.5-large, Qwen-Image, Wan2.2-T2V-A14B, Z-Image-Turbo or mini-flux"
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]

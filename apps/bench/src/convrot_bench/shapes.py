@@ -20,6 +20,7 @@ FLUX_DOUBLE_BLOCK = (
 )
 FLUX_SINGLE_BLOCK = ((1, 9216, 3072), (4608, 21504, 3072), (4608, 3072, 15360))
 FLUX_STEP = 19 * FLUX_DOUBLE_BLOCK + 38 * FLUX_SINGLE_BLOCK
+FLUX_MODULATIONS = tuple(product for product in FLUX_STEP if product[0] == 1)
 
 # Weight-only products: FLUX's modulations, and a few rows
 GEMV_PRODUCTS = ((1, 18432, 3072), (1, 9216, 3072), (1, 3072, 3072), (8, 3072, 3072))

@@ -448,7 +448,8 @@ def scaled_mm_cat(
     b_layout: str = "row_major",
 ) -> Tensor:
     """(..., K) x (N1, K), (N2, K), ... -> (..., N1 + N2 + ...): scaled_mm of each, one after the other."""
-    members = zip(b, b_scale, bias or [None] * len(b), strict=True)
+    biases: Sequence[Tensor | None] = bias or [None] * len(b)
+    members = zip(b, b_scale, biases, strict=True)
     return torch.cat([scaled_mm(a, x, a_scale, y, z, out_dtype, b_layout=b_layout) for x, y, z in members], dim=-1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from convrot_quant.config import Scheme
+from convrot_quant.families.modulation import Modulations
 from convrot_quant.lora import register
 
 # where diffusers defines a family's blocks -> our file, whose classes bear the names of those that they replace
@@ -23,9 +24,10 @@ def fuse_(model: nn.Module) -> int:
     """
     register()  # adapters are to find the layers that this model has now
     blocks = [(block, fused) for _, block, fused in _fusible(model) if not is_fused(block)]
+    modulations = Modulations()
     for block, fused in blocks:
         block.__class__ = fused
-        block.prepare()  # type: ignore[operator]
+        block.prepare(modulations)  # type: ignore[operator]
     return len(blocks)
 
 

@@ -16,13 +16,13 @@ from convrot_bench.ops.linears import gemm_w4a4, gemv_w4a16, linear_w4a4
 from convrot_bench.ops.peers import linear_w4a4_vs_comfy_kitchen
 from convrot_bench.ops.problems import backends_of
 from convrot_bench.ops.rotations import Variant, case_of, rotate_quantize_all
-from convrot_bench.ops.step import gemm_step
+from convrot_bench.ops.step import gemm_step, gemv_step
 from convrot_bench.results import Figure
 from convrot_kernels import available_backends
 
 CASES = (
-    "gemm_w4a4", "linear_w4a4", "linear_w4a4_vs_comfy_kitchen", "gemm_step", "gemv_w4a16", "rotate_quantize",
-    "rotate_quantize_triton", "host_cost", "weight_bits",
+    "gemm_w4a4", "linear_w4a4", "linear_w4a4_vs_comfy_kitchen", "gemm_step", "gemv_w4a16", "gemv_step",
+    "rotate_quantize", "rotate_quantize_triton", "host_cost", "weight_bits",
 )  # fmt: skip
 CPU_CASES = ("gemm_w4a4", "linear_w4a4", "rotate_quantize")
 # asked for by name: much more than the bars, each in a minute or two
@@ -101,6 +101,8 @@ def _bars(bench: Bench, cases: Sequence[str], sizes: Sizes, repeats: int) -> lis
         jobs.append(_job("gemm_step", gemm_step))
     if "gemv_w4a16" in cases:
         jobs += [_job("gemv_w4a16", gemv_w4a16, *mnk) for mnk in shapes.GEMV_PRODUCTS]
+    if "gemv_step" in cases:
+        jobs.append(_job("gemv_step", gemv_step))
     jobs += _rotations(bench, cases)
     if "host_cost" in cases:
         jobs.append(_job("host_cost", host_cost, *shapes.HOST_PRODUCT))

@@ -1,4 +1,7 @@
-"""gemm_step: every linear of one FLUX.1-dev step as one CUDA graph a side, all weights distinct."""
+"""gemm_step: every linear of one FLUX.1-dev step as one CUDA graph a side, all weights distinct.
+
+gemv_step: its modulations alone, as one product.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +14,8 @@ from convrot_bench.ops.gates import gate_product, gate_values
 from convrot_bench.ops.linears import BASELINE, TIMING, coded, matmul, multiply, multiply_values
 from convrot_bench.ops.problems import Source, Weight, prepared, under
 from convrot_bench.results import Figure, gpu_clocks
-from convrot_bench.shapes import FLUX_STEP
-from convrot_kernels import rotate_quantize, testing, use_backend
+from convrot_bench.shapes import FLUX_MODULATIONS, FLUX_STEP
+from convrot_kernels import rotate_quantize, scaled_mm_cat, testing, use_backend
 
 LEAD_IN = 0.8  # seconds: the power limit settles
 WARM = 10  # steps before the clocks are read
@@ -61,6 +64,40 @@ class Step:
         """torch.matmul in bf16, without bias."""
         for (m, _, k), weight in zip(self.products, self.weights, strict=True):
             matmul(self.values[m, k], weight)
+
+    def joined(self) -> Tensor:
+        """scaled_mm_cat: one x, every weight, side by side."""
+        (x,) = self.values.values()
+        codes, scales = [weight.codes for weight in self.quantized], [weight.scale for weight in self.quantized]
+        return scaled_mm_cat(x, codes, None, scales, self.biases, b_layout=self.quantized[0].layout)
+
+    def check_joined(self) -> None:
+        """Bit for bit what one product after the other gives."""
+        (x,) = self.values.values()
+        alone = [multiply_values(x, weight, bias) for weight, bias in zip(self.quantized, self.biases, strict=True)]
+        testing.assert_equal(self.joined(), torch.cat(alone, dim=-1))
+
+
+def gemv_step(bench: Bench, products: Products = FLUX_MODULATIONS) -> Iterator[Figure]:
+    """Microseconds of all modulations of a step in one product; `apart_us`: one after the other."""
+    step = Step(bench, products)
+    if not bench.passes(step.check) or not bench.passes(under(step.backend, bench.device, step.check_joined)):
+        return
+    contenders = {
+        step.backend: (under(step.backend, bench.device, step.joined), [()]),
+        "apart": (under(step.backend, bench.device, step.ours), [()]),
+        BASELINE: (step.theirs, [()]),
+    }
+    seconds = testing.time_graphs(contenders)
+    moved = sum(testing.gemm_bytes(*product, a_bits=16) for product in products)
+    more = bench.facts(step.backend) | {
+        "timing": TIMING,
+        "gb_s": moved / seconds[step.backend] / 1e9,
+        "apart_us": seconds["apart"] * 1e6,
+    }
+    shape = {"model": "FLUX.1-dev", "products": len(products)}
+    figures = seconds[step.backend] * 1e6, seconds[BASELINE] * 1e6
+    yield Figure("gemv_step", shape, *figures, "us", "torch.matmul bf16", more)
 
 
 def gemm_step(bench: Bench, products: Products = FLUX_STEP) -> Iterator[Figure]:

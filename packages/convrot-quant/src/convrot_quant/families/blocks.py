@@ -7,17 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from convrot_kernels import low_rank_down
-from convrot_quant.config import Scheme
-from convrot_quant.linear import ConvLinear4bit, Side, Terms, operand, terms
+from convrot_quant.families.modulation import Layers, Modulations
+from convrot_quant.linear import ConvLinear4bit, Side, Terms, terms
 from convrot_quant.lora import unwrapped
-from convrot_quant.stack import Operand, Stack
-
-# embedding -> scheme -> (its version, what the modulation layers of that scheme multiply); goes with the embedding
-_modulation_inputs: Mapping[Tensor, dict[Scheme, tuple[int, Operand]]] = WeakTensorKeyDictionary()
+from convrot_quant.stack import Stack
 
 
 class Opened(NamedTuple):
@@ -51,6 +46,8 @@ class FusedBlock(nn.Module):
 
     _stacks: dict[str, Stack]
     _inner: tuple[nn.Module, ...]
+    _modulations: Modulations
+    _vectors_of_each: int  # that a modulation layer gives
     fp8_attention = False  # attention.py sets it in the block, and takes it out again: CUDA graphs see that
     _were_hooked = False  # when the block last ran
 
@@ -58,8 +55,9 @@ class FusedBlock(nn.Module):
         """name -> layers that are multiplied as one."""
         raise NotImplementedError(f"{type(self).__name__} must name its stacks")
 
-    def prepare(self) -> None:
-        """Once: what a fused forward needs beside the layers."""
+    def prepare(self, modulations: Modulations) -> None:
+        """Once: what a fused forward needs beside the layers; `modulations` is the model's."""
+        self._modulations = modulations
         self._stacks = {name: Stack() for name in self.stacked()}
         self._inner = tuple(module for module in self.modules() if module is not self)
         self.join()
@@ -75,6 +73,23 @@ class FusedBlock(nn.Module):
     def quantizes(self) -> bool:
         """Whether the layers that are multiplied as one quantize their activations: else the block never runs fused."""
         return all(opened(*members) is not None for name, members in self.stacked().items() if name != "modulation")
+
+    def modulated_by(self) -> Layers:
+        """The layers that make scales, shifts and gates."""
+        return Layers(self._stacks["modulation"], self.stacked()["modulation"], self._vectors_of_each)
+
+    def vectors(self, embedding: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
+        """(B, C) -> scales, shifts and gates, each (B, C) and contiguous; `given` (vectors, B, C) if they are made."""
+        if given is None and not torch.compiler.is_compiling():
+            given = self._modulations.of(self, embedding)
+        return (self.modulated_by().alone(embedding) if given is None else given).unbind(0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # a compiled block makes its own vectors, unless it is handed those that a step makes for all blocks
+        compiled = not torch.compiler.is_compiling() and self._compiled_call_impl is not None
+        if compiled and "temb" in kwargs and "forward" not in vars(self):
+            kwargs.setdefault("vectors", self._modulations.of(self, kwargs["temb"]))
+        return super().__call__(*args, **kwargs)
 
     def has_hooks(self) -> bool:
         """Whether a hook is on a module inside, which a fused forward would not call.
@@ -113,25 +128,3 @@ def _is_hooked(module: nn.Module) -> bool:
 def _join_after_loading(block: nn.Module, _: Any) -> None:
     if isinstance(block, FusedBlock):  # no more after unfuse_
         block.join()
-
-
-def modulations(stack: Stack, linears: Sequence[nn.Module], embedding: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Of silu(embedding (B, C)): `count` vectors (B, C) for each linear (count * C outputs), each contiguous."""
-    # not `not`, which torch.compile cannot trace on a tuple
-    if all(type(linear) is ConvLinear4bit and len(linear.sides()) == 0 for linear in linears):
-        rows = stack(linears, lambda scheme: _modulation_input(embedding, scheme), embedding.dtype)  # type: ignore[arg-type]
-    else:
-        rows = torch.cat([linear(F.silu(embedding)) for linear in linears], dim=-1)
-    return rows.view(len(embedding), count * len(linears), -1).transpose(0, 1).contiguous().unbind(0)
-
-
-def _modulation_input(embedding: Tensor, scheme: Scheme) -> Operand:
-    """Every block of a step asks for the same: made once, for as long as the embedding lives and is not written to."""
-    if torch.compiler.is_compiling():
-        return operand(F.silu(embedding), scheme)
-    made = _modulation_inputs.setdefault(embedding, {})  # type: ignore[attr-defined]
-    version = 0 if embedding.is_inference() else embedding._version
-    if scheme not in made or made[scheme][0] != version:
-        made[scheme] = version, operand(F.silu(embedding), scheme)
-    kept: Operand = made[scheme][1]
-    return kept

@@ -35,7 +35,7 @@ from convrot_kernels import (
 )
 from convrot_kernels.checks import HEAD_SIZES
 from convrot_quant.config import Scheme
-from convrot_quant.families.blocks import FusedBlock, Opened, modulations, opened
+from convrot_quant.families.blocks import FusedBlock, Opened, opened
 from convrot_quant.linear import ConvLinear4bit, quantizer_options
 from convrot_quant.stack import Operand, Stack
 
@@ -120,6 +120,7 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
     proj_mlp: Any
     proj_out: Any
     mlp_hidden_dim: int
+    _vectors_of_each = 3
 
     @staticmethod
     def fits(block: Any) -> bool:
@@ -138,15 +139,16 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         temb: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        vectors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """image (B, I, C), text (B, T, C), temb (B, C) -> text, image."""
+        """image (B, I, C), text (B, T, C), temb (B, C), its modulation (3, B, C) if made -> text, image."""
         members, stacks = self.stacked(), self._stacks
         layers, last = opened(*members["projection"]), opened(self.proj_out)
         stock = image_rotary_emb is not None and not joint_attention_kwargs and _is_stock(self.attn)
         if layers is None or last is None or not stock or self.has_hooks():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         x = _in_a_row(encoder_hidden_states, hidden_states)
-        shift, scale, gate = modulations(stacks["modulation"], members["modulation"], temb, 3)
+        shift, scale, gate = self.vectors(temb, vectors)
         projection = stacks["projection"](layers.bases, _modulated(x, scale, shift), x.dtype)
         layers.terms(x, scale=scale, shift=shift, eps=EPS).add_to(projection)
         attended, hidden = self._attended(projection, image_rotary_emb)
@@ -179,6 +181,7 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
     norm1_context: Any
     ff: Any
     ff_context: Any
+    _vectors_of_each = 6
 
     @staticmethod
     def fits(block: Any) -> bool:
@@ -211,8 +214,9 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
         temb: Tensor,
         image_rotary_emb: Any = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        vectors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """image (B, I, C), text (B, T, C), temb (B, C) -> text, image."""
+        """image (B, I, C), text (B, T, C), temb (B, C), its modulation (12, B, C) if made -> text, image."""
         attn, members, stacks = self.attn, self.stacked(), self._stacks
         image_in, text_in = opened(*members["image"]), opened(*members["text"])
         image_out, text_out = self._after(attn.to_out[0], self.ff), self._after(attn.to_add_out, self.ff_context)
@@ -221,8 +225,8 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
         if not quantized or not stock or self.has_hooks():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         image, text = hidden_states, encoder_hidden_states
-        vectors = modulations(stacks["modulation"], members["modulation"], temb, 6)
-        of_image, of_text = vectors[:6], vectors[6:]
+        both = self.vectors(temb, vectors)
+        of_image, of_text = both[:6], both[6:]
         image_qkv = _projected(stacks["image"], image_in, image, of_image)
         text_qkv = _projected(stacks["text"], text_in, text, of_text)
         attended = self._attended(text_qkv, image_qkv, image_rotary_emb).split((text.shape[1], image.shape[1]), dim=1)

@@ -263,6 +263,7 @@ def scaled_mm_cat(
     b_layout: str = "row_major",
 ) -> Tensor:
     """(..., K) x (N1, K), (N2, K), ... -> (..., N1 + N2 + ...): on the GEMV in one launch, else one GEMM each."""
+    biases: Sequence[Tensor | None] = bias or [None] * len(b)
     dtype = out_dtype or (a.dtype if a.is_floating_point() else torch.bfloat16)
     widths = [weight.shape[0] for weight in b]
     out, rows = _new((*a.shape[:-1], sum(widths)), dtype, a.device)
@@ -270,7 +271,7 @@ def scaled_mm_cat(
     if a.is_floating_point() or (m <= GEMV_ROWS and k <= MAX_K):
         _gemv_joined(rows, a, b, a_scale, b_scale, bias, b_layout)
         return out
-    for part, weight, scale, vector in zip(rows.split(widths, 1), b, b_scale, bias or [None] * len(b), strict=True):
+    for part, weight, scale, vector in zip(rows.split(widths, 1), b, b_scale, biases, strict=True):
         _multiply(part, a, weight, a_scale, scale, vector, b_layout)
     return out
 

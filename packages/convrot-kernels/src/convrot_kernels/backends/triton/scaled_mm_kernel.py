@@ -300,11 +300,12 @@ def scaled_mm_cat(
     b_layout: str = "row_major",
 ) -> Tensor:
     """(..., K) x (N1, K), (N2, K), ... -> (..., N1 + N2 + ...): one launch each, into its columns."""
+    biases: Sequence[Tensor | None] = bias or [None] * len(b)
     dtype = out_dtype or (a.dtype if a.is_floating_point() else torch.bfloat16)
     widths = [weight.shape[0] for weight in b]
     out = torch.empty((*a.shape[:-1], sum(widths)), dtype=dtype, device=a.device)
     columns = out.view(out.shape[:-1].numel(), out.shape[-1]).split(widths, dim=1)
-    for part, weight, scale, vector in zip(columns, b, b_scale, bias or [None] * len(b), strict=True):
+    for part, weight, scale, vector in zip(columns, b, b_scale, biases, strict=True):
         _launch(part, a, weight, a_scale, scale, vector, b_layout=b_layout)
     return out
 

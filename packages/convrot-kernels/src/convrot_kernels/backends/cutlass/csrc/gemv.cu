@@ -214,8 +214,8 @@ struct Joined {
 };
 static_assert(sizeof(Joined) <= 4096, "what a kernel takes as arguments on every GPU");
 
-template <Format kFormat, class X>
-__global__ void __launch_bounds__(128, blocks_per_sm(1, 4)) gemv_joined(__grid_constant__ Joined const joined) {
+template <Format kFormat, class X, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(1, kWarps)) gemv_joined(__grid_constant__ Joined const joined) {
   int at = 0, beyond = joined.count;  // the member whose blocks this one is of lies in [at, beyond)
   while (beyond - at > 1) {
     int const middle = (at + beyond) / 2;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(128, blocks_per_sm(1, 4)) gemv_joined(__grid_c
   Member const& mine = joined.members[at];
   Product p = joined.shared;
   p.weight = mine.weight, p.b_scale = mine.b_scale, p.bias = mine.bias, p.out = mine.out, p.n = mine.n;
-  multiply<kFormat, X, 1, 4>(p, int(blockIdx.x) - mine.first);
+  multiply<kFormat, X, 1, kWarps>(p, int(blockIdx.x) - mine.first);
 }
 
 template <class Kernel>
@@ -243,6 +243,9 @@ int launch(Product const& p, int bytes, cudaStream_t stream) {
   return cuda_status(cudaGetLastError());
 }
 
+// blocks of half the warps then, so that all of N = 18432 are on an H200 at once
+bool has_many_rows(int n) { return n >= 12288; }
+
 // 0 where x is read where it is
 template <Format kFormat, class X>
 int staged_bytes(Product const& p) {
@@ -254,10 +257,18 @@ template <Format kFormat, class X>
 int launch(Product const& p, cudaStream_t stream) {
   int const bytes = staged_bytes<kFormat, X>(p);
   if (bytes == 0) return launch<kFormat, X, 4, 8>(p, 0, stream);
-  // many rows: blocks of half the warps, so that all of N = 18432 are on an H200 at once
-  return p.n >= 12288 ? launch<kFormat, X, 1, 4>(p, bytes, stream) : launch<kFormat, X, 1, 8>(p, bytes, stream);
+  return has_many_rows(p.n) ? launch<kFormat, X, 1, 4>(p, bytes, stream) : launch<kFormat, X, 1, 8>(p, bytes, stream);
 }
 
+template <Format kFormat, class X, int kWarps>
+int launch(Joined const& joined, int blocks, int bytes, cudaStream_t stream) {
+  constexpr auto* kernel = gemv_joined<kFormat, X, kWarps>;
+  if (int const status = allow_shared(kernel, bytes); status != kOk) return status;
+  kernel<<<blocks, kWarps * 32, bytes, stream>>>(joined);
+  return cuda_status(cudaGetLastError());
+}
+
+// members that all have many rows, or all have few
 template <Format kFormat, class X>
 int launch(Joined& joined, cudaStream_t stream) {
   Product p = joined.shared;
@@ -277,10 +288,8 @@ int launch(Joined& joined, cudaStream_t stream) {
     joined.members[i].first = blocks;
     blocks += (joined.members[i].n + rows - 1) / rows;
   }
-  constexpr auto* kernel = gemv_joined<kFormat, X>;
-  if (int const status = allow_shared(kernel, bytes); status != kOk) return status;
-  kernel<<<blocks, 128, bytes, stream>>>(joined);
-  return cuda_status(cudaGetLastError());
+  return has_many_rows(joined.members[0].n) ? launch<kFormat, X, 4>(joined, blocks, bytes, stream)
+                                            : launch<kFormat, X, 8>(joined, blocks, bytes, stream);
 }
 
 template <Format kFormat, class Arguments>
@@ -373,17 +382,24 @@ CONVROT_EXPORT int convrot_gemv_joined(int count, void const* const* weights, vo
   Product& p = joined.shared;
   p.x = x, p.a_scale = static_cast<float const*>(a_scale), p.out_stride = out_stride;
   p.bias_dtype = bias_dtype, p.out_dtype = out_dtype, p.m = m, p.k = k;
-  auto* column = static_cast<char*>(out);
-  for (int i = 0; i < count; ++i) {
-    auto const* b_scale = static_cast<float const*>(b_scales[i]);
-    joined.members[joined.count++] = {weights[i], b_scale, biases[i], column, ns[i], 0};
-    column += int64_t(ns[i]) * (out_dtype == kFloat32 ? 4 : 2);
-    if (joined.count < kMostJoined && i + 1 < count) continue;
-    int const status = launch(joined, format, x_dtype, static_cast<cudaStream_t>(stream));
-    if (status != kOk) return status;
+  int status = kOk;
+  auto const flush = [&] {
+    if (joined.count > 0 && status == kOk) status = launch(joined, format, x_dtype, static_cast<cudaStream_t>(stream));
     joined.count = 0;
+  };
+  for (bool const many : {true, false}) {  // apart, so that each is summed as it is where it is multiplied alone
+    auto* column = static_cast<char*>(out);
+    for (int i = 0; i < count; ++i) {
+      if (has_many_rows(ns[i]) == many) {
+        auto const* b_scale = static_cast<float const*>(b_scales[i]);
+        joined.members[joined.count++] = {weights[i], b_scale, biases[i], column, ns[i], 0};
+        if (joined.count == kMostJoined) flush();
+      }
+      column += int64_t(ns[i]) * (out_dtype == kFloat32 ? 4 : 2);
+    }
+    flush();
   }
-  return kOk;
+  return status;
 }
 
 // packed: `pieces` times 8 bytes, both 16-byte aligned

@@ -146,9 +146,10 @@ def _in_one(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _addresses(members: Sequence[ConvLinear4bit]) -> tuple[int, ...]:
-    return tuple(
-        tensor.data_ptr()
-        for member in members
-        for tensor in (member.weight, member.weight_scale, member.bias)
-        if tensor is not None
-    )
+    found: list[int] = []
+    for member in members:  # past nn.Module's search for attributes: this is asked before every product
+        parameters, scale = member._parameters, member._buffers["weight_scale"]
+        for tensor in (parameters["weight"], scale, parameters["bias"]):
+            if tensor is not None:
+                found.append(tensor.data_ptr())
+    return tuple(found)

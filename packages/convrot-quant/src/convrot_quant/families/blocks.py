@@ -55,6 +55,11 @@ class FusedBlock(nn.Module):
         """name -> layers that are multiplied as one."""
         raise NotImplementedError(f"{type(self).__name__} must name its stacks")
 
+    @staticmethod
+    def modulators(block: Any) -> tuple[Any, ...]:
+        """The layers that make scales, shifts and gates: the stack "modulation", without asking for the others."""
+        raise NotImplementedError("a family must name its modulation layers")
+
     def prepare(self, modulations: Modulations) -> None:
         """Once: what a fused forward needs beside the layers; `modulations` is the model's."""
         self._modulations = modulations
@@ -75,8 +80,8 @@ class FusedBlock(nn.Module):
         return all(opened(*members) is not None for name, members in self.stacked().items() if name != "modulation")
 
     def modulated_by(self) -> Layers:
-        """The layers that make scales, shifts and gates."""
-        return Layers(self._stacks["modulation"], self.stacked()["modulation"], self._vectors_of_each)
+        """The modulation layers of now."""
+        return Layers(self._stacks["modulation"], self.modulators(self), self._vectors_of_each)
 
     def vectors(self, embedding: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
         """(B, C) -> scales, shifts and gates, each (B, C) and contiguous; `given` (vectors, B, C) if they are made."""

@@ -128,9 +128,17 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         attn = block.attn
         return _norms_fit(attn.norm_q, attn.norm_k) and _layer_norms_fit(block.norm.norm) and _head_fits(attn)
 
+    @staticmethod
+    def modulators(block: Any) -> tuple[Any, ...]:
+        """AdaLayerNorm's."""
+        return (block.norm.linear,)
+
     def stacked(self) -> dict[str, tuple[Any, ...]]:
         attn = self.attn
-        return {"projection": (attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), "modulation": (self.norm.linear,)}
+        return {
+            "projection": (attn.to_q, attn.to_k, attn.to_v, self.proj_mlp),
+            "modulation": FluxSingleTransformerBlock.modulators(self),
+        }
 
     def forward(
         self,
@@ -196,12 +204,17 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
             and attn.to_out[1].p == 0
         )
 
+    @staticmethod
+    def modulators(block: Any) -> tuple[Any, ...]:
+        """AdaLayerNorm's."""
+        return block.norm1.linear, block.norm1_context.linear
+
     def stacked(self) -> dict[str, tuple[Any, ...]]:
         attn = self.attn
         return {
             "image": (attn.to_q, attn.to_k, attn.to_v),
             "text": (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-            "modulation": (self.norm1.linear, self.norm1_context.linear),
+            "modulation": FluxTransformerBlock.modulators(self),
         }
 
     def _after(self, out: nn.Module, ff: Any) -> Opened | None:

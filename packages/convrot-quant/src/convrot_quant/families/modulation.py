@@ -1,14 +1,16 @@
 """Modulation: scales, shifts and gates of every block, which depend on the embedding of a step alone.
 
-The first fused block that meets an embedding makes those of all blocks that have run before, in one product: reading
-FLUX.1-dev's 1.6 GB in one launch takes less than reading them in 57. What cannot be made ahead (a layer with an adapter
-or in 16 bits, weights that are elsewhere, code that trains or is compiled as a whole) each block makes for itself, to
-the same bits.
+The second fused block that meets an embedding makes those of all blocks that are known from steps before, in one
+product: reading FLUX.1-dev's 1.6 GB in one launch takes less than reading them in 57. The first makes its own, so that
+the GPU has a block to work at while the host prepares. What cannot be made ahead (a layer with an adapter or in 16
+bits, weights that are elsewhere, code that trains or is compiled as a whole) each block makes for itself, to the same
+bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,8 +23,6 @@ from convrot_kernels import scaled_mm_cat
 from convrot_quant.config import Scheme
 from convrot_quant.linear import ConvLinear4bit, operand
 from convrot_quant.stack import Operand, Part, Stack
-
-State = tuple[tuple[int, int], ...]  # address and version of each tensor
 
 
 class Layers(NamedTuple):
@@ -37,19 +37,15 @@ class Layers(NamedTuple):
         # not `not`, which torch.compile cannot trace on a tuple
         return all(type(linear) is ConvLinear4bit and len(linear.sides()) == 0 for linear in self.linears)
 
-    def can_be_joined(self, embedding: Tensor) -> bool:
-        """Whether their products with it can be a part of another product."""
-        return self.are_plain() and all(linear.weight.device == embedding.device for linear in self.linears)
+    def lie_on(self, device: torch.device) -> bool:
+        """Whether they can be multiplied there as they are."""
+        return all(linear.weight.device == device for linear in self.linears)
 
-    def state(self) -> State:
-        """What changes where their weights do."""
-        tensors = (t for linear in self.linears for t in (linear.weight, linear.weight_scale, linear.bias))
-        return tuple((t.data_ptr(), _version(t)) for t in tensors if t is not None)
-
-    def alone(self, embedding: Tensor) -> Tensor:
-        """(B, C) -> (vectors, B, C), contiguous: of silu(embedding), for one block."""
+    def alone(self, embedding: Tensor, operands: dict[Scheme, Operand] | None = None) -> Tensor:
+        """(B, C) -> (vectors, B, C), contiguous: of silu(embedding), for one block; operands: what is made of it."""
         if self.are_plain():
-            rows = self.stack(self.linears, lambda scheme: operand(F.silu(embedding), scheme), embedding.dtype)
+            made = {} if operands is None else operands
+            rows = self.stack(self.linears, lambda scheme: _operand(embedding, scheme, made), embedding.dtype)
         else:
             rows = torch.cat([linear(F.silu(embedding)) for linear in self.linears], dim=-1)
         return _vectors(rows, self.of_each * len(self.linears))
@@ -77,12 +73,14 @@ class _Moment(NamedTuple):
     captured: bool  # in a CUDA graph, where it has values only once that is replayed, and for its replays
 
 
-class _Made(NamedTuple):
+@dataclass
+class _Made:
     """Of one embedding, and with it gone."""
 
     moment: _Moment
+    first: Block  # that met it
     operands: dict[Scheme, Operand]
-    vectors: dict[Block, tuple[State, Tensor]]
+    vectors: dict[Block, Tensor] | None = None  # of all other blocks, until they take theirs; None: not made yet
 
 
 class Modulations:
@@ -94,23 +92,22 @@ class Modulations:
 
     def of(self, block: Block, embedding: Tensor) -> Tensor | None:
         """(B, C) -> (vectors, B, C), contiguous: those of `block`; None where it has to make them itself."""
-        layers = block.modulated_by()
-        if torch.is_grad_enabled() or not layers.can_be_joined(embedding):
+        if torch.is_grad_enabled():
             return None
         moment = _Moment(_version(embedding), _is_captured(embedding))
         made: _Made | None = self._made.get(embedding)
         if made is not None and moment.captured and not made.moment.captured:
             return None  # who captures a block alone may write to its embedding between replays
-        met = made is not None and made.moment == moment
-        if made is None or not met:
-            made = self._made[embedding] = _Made(moment, {}, {})
-        known = block in self._blocks
-        self._blocks[block] = None
-        state, vectors = made.vectors.get(block, (None, embedding))
-        if state == layers.state():
-            return vectors
-        made.vectors.update(_of(list(self._blocks) if known and not met else [block], embedding, made.operands))
-        return made.vectors[block][1]
+        if made is None or made.moment != moment:
+            made = self._made[embedding] = _Made(moment, block, {})
+        elif made.vectors is None:
+            made.vectors = _of_all([b for b in self._blocks if b is not made.first], embedding, made.operands)
+        # once: a block that runs again on an embedding may have other weights by then
+        vectors = None if made.vectors is None else made.vectors.pop(block, None)
+        if vectors is None and (layers := block.modulated_by()).are_plain() and layers.lie_on(embedding.device):
+            self._blocks[block] = None
+            vectors = layers.alone(embedding, made.operands)
+        return vectors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Modulations:
         return Modulations()
@@ -119,35 +116,37 @@ class Modulations:
         return Modulations, ()
 
 
-def _of(
-    blocks: Sequence[Block], embedding: Tensor, operands: dict[Scheme, Operand]
-) -> dict[Block, tuple[State, Tensor]]:
-    """Of all blocks that can be joined; operands: what their layers multiply, as far as it is made."""
+def _of_all(blocks: Sequence[Block], embedding: Tensor, operands: dict[Scheme, Operand]) -> dict[Block, Tensor]:
+    """Of those whose layers can be multiplied together."""
     runs: dict[_Kind, list[tuple[Block, int, Part]]] = {}
-    states: dict[Block, State] = {}
     for block in blocks:
         layers = block.modulated_by()
-        if not layers.can_be_joined(embedding):
+        if not (layers.are_plain() and layers.lie_on(embedding.device)):
             continue
-        states[block] = layers.state()
         width = layers.linears[0].out_features // layers.of_each
         for i, part in enumerate(layers.stack.parts(layers.linears)):
             kind = _Kind(part.scheme, part.layout, None if part.bias is None else part.bias.dtype, width)
             runs.setdefault(kind, []).append((block, i, part))
-    made: dict[Block, dict[int, Tensor]] = {block: {} for block in states}
+    made: dict[Block, dict[int, Tensor]] = {}
     for kind, members in runs.items():
-        if kind.scheme not in operands:
-            operands[kind.scheme] = operand(F.silu(embedding), kind.scheme)
-        rows = _product(kind, [part for *_, part in members], operands[kind.scheme], embedding.dtype)
-        counts = [len(part.weight_scale) // kind.width for *_, part in members]
+        parts = [part for *_, part in members]
+        rows = _product(kind, parts, _operand(embedding, kind.scheme, operands), embedding.dtype)
+        counts = [len(part.weight_scale) // kind.width for part in parts]
         for (block, i, _), vectors in zip(members, _vectors(rows, sum(counts)).split(counts), strict=True):
-            made[block][i] = vectors
-    return {block: (state, _in_order(made[block])) for block, state in states.items()}
+            made.setdefault(block, {})[i] = vectors
+    return {block: _in_order(vectors) for block, vectors in made.items()}
 
 
-def _product(kind: _Kind, parts: Sequence[Part], operand: Operand, dtype: torch.dtype) -> Tensor:
+def _operand(embedding: Tensor, scheme: Scheme, made: dict[Scheme, Operand]) -> Operand:
+    """What layers of the scheme multiply: made once."""
+    if scheme not in made:
+        made[scheme] = operand(F.silu(embedding), scheme)
+    return made[scheme]
+
+
+def _product(kind: _Kind, parts: Sequence[Part], x: Operand, dtype: torch.dtype) -> Tensor:
     """-> (B, sum of N)."""
-    a, a_scale = operand
+    a, a_scale = x
     bias = [part.bias for part in parts if part.bias is not None]
     weights, scales = [part.weight for part in parts], [part.weight_scale for part in parts]
     return scaled_mm_cat(a, weights, a_scale, scales, bias, dtype, b_layout=kind.layout)

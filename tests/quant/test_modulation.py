@@ -77,6 +77,25 @@ def test_compiled_blocks_are_handed_theirs(flux: nn.Module, run: Run, products: 
     assert products == [3, 3]
 
 
+def test_compiled_single_blocks_find_text_and_image_in_a_row(
+    flux: nn.Module, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convrot_quant.families import flux as fused
+
+    copies: list[bool] = []
+
+    def seen(text: Tensor, image: Tensor) -> Tensor:
+        row = in_a_row(text, image)
+        copies.append(row.data_ptr() != text.data_ptr())
+        return row
+
+    in_a_row = fused._in_a_row
+    monkeypatch.setattr(fused, "_in_a_row", seen)
+    flux.compile_repeated_blocks(fullgraph=True)
+    run(flux)
+    assert copies == [True, False]  # the double blocks' streams are apart
+
+
 def test_a_model_compiled_as_a_whole_makes_them_in_its_graph(flux: nn.Module, run: Run, products: list[int]) -> None:
     expected = _alone(flux, run)
     assert_equal(run(torch.compile(flux, fullgraph=True, backend="eager")), expected)

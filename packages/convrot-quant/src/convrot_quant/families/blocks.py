@@ -90,11 +90,14 @@ class FusedBlock(nn.Module):
         return (self.modulated_by().alone(embedding) if given is None else given).unbind(0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # a compiled block makes its own vectors, unless it is handed those that a step makes for all blocks
         compiled = not torch.compiler.is_compiling() and self._compiled_call_impl is not None
-        if compiled and "temb" in kwargs and "forward" not in vars(self):
-            kwargs.setdefault("vectors", self._modulations.of(self, kwargs["temb"]))
+        if compiled and not args and "forward" not in vars(self) and not torch.is_grad_enabled():
+            kwargs = self.handed(**kwargs) | kwargs
         return super().__call__(*args, **kwargs)
+
+    def handed(self, *, temb: Tensor, **others: Any) -> dict[str, Tensor | None]:
+        """More arguments for a compiled forward: what it would have to make once more, for it sees no other block."""
+        return {"vectors": self._modulations.of(self, temb)}
 
     def has_hooks(self) -> bool:
         """Whether a hook is on a module inside, which a fused forward would not call.

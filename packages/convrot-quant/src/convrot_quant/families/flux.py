@@ -148,14 +148,18 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         vectors: Tensor | None = None,
+        row: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """image (B, I, C), text (B, T, C), temb (B, C), its modulation (3, B, C) if made -> text, image."""
+        """image (B, I, C), text (B, T, C), temb (B, C) -> text, image.
+
+        If they are made: temb's modulation (3, B, C), text and image in a row (B, T + I, C).
+        """
         members, stacks = self.stacked(), self._stacks
         layers, last = opened(*members["projection"]), opened(self.proj_out)
         stock = image_rotary_emb is not None and not joint_attention_kwargs and _is_stock(self.attn)
         if layers is None or last is None or not stock or self.has_hooks():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-        x = _in_a_row(encoder_hidden_states, hidden_states)
+        x = _in_a_row(encoder_hidden_states, hidden_states) if row is None else row
         shift, scale, gate = self.vectors(temb, vectors)
         projection = stacks["projection"](layers.bases, _modulated(x, scale, shift), x.dtype)
         layers.terms(x, scale=scale, shift=shift, eps=EPS).add_to(projection)
@@ -168,6 +172,12 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         x = _clipped(added.add_to(_gated(out, codes, gate, x), gate))
         text = encoder_hidden_states.shape[1]
         return x[:, :text], x[:, text:]
+
+    def handed(
+        self, *, hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Any
+    ) -> dict[str, Tensor | None]:
+        """Also the row, which is there after another single block."""
+        return super().handed(**others) | {"row": _in_a_row(encoder_hidden_states, hidden_states)}
 
     def _attended(self, projection: Tensor, image_rotary_emb: Any) -> tuple[Tensor, Tensor]:
         """q, k, v and the MLP's hidden values (B, S, 3 C + 4 C) -> attention's output (B, S, C), hidden (B, S, 4 C)."""
@@ -229,7 +239,7 @@ class FluxTransformerBlock(FusedBlock, diffusers_flux.FluxTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         vectors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """image (B, I, C), text (B, T, C), temb (B, C), its modulation (12, B, C) if made -> text, image."""
+        """image (B, I, C), text (B, T, C), temb (B, C) and, if made, its modulation (12, B, C) -> text, image."""
         attn, members, stacks = self.attn, self.stacked(), self._stacks
         image_in, text_in = opened(*members["image"]), opened(*members["text"])
         image_out, text_out = self._after(attn.to_out[0], self.ff), self._after(attn.to_add_out, self.ff_context)

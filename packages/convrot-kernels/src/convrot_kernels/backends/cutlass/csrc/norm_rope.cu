@@ -16,6 +16,7 @@
 // Lost: four or eight tokens a block (of 1536 tokens 24 and 34 us for all three, not 21), the maxima by the norms' launch
 // (45 and 21). What attention gives is widened in 11 us.
 #include "eight.cuh"
+#include "launch.cuh"
 
 #include <cuda_fp8.h>
 
@@ -77,6 +78,8 @@ __device__ __forceinline__ void turn(Problem const& p, Eight<X> const& raw, bool
 template <class X, int kLanes, bool kFp8>
 __global__ void __launch_bounds__(kThreads, kBlocks) norm_rope(Problem const p) {
   constexpr int kGroups = kThreads / kLanes;
+  start_next();
+  wait_for_previous();
   int const group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kColumns;
   int const b = blockIdx.x / p.tokens, s = blockIdx.x % p.tokens;
   bool const is_text = s < p.text_tokens;
@@ -155,6 +158,8 @@ __device__ __forceinline__ float block_max(float most) {
 template <class X>
 __global__ void __launch_bounds__(kThreads) largest_v(Problem const p) {
   float most = 0.f;
+  start_next();
+  wait_for_previous();
   OfV<X>{p}.each([&](int, Eight<X> const (&raw)[kTokens]) {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -172,6 +177,8 @@ __global__ void __launch_bounds__(kThreads) largest_v(Problem const p) {
 template <class X>
 __global__ void __launch_bounds__(kThreads) quantize_v(Problem const p) {
   float most = 0.f;
+  start_next();
+  wait_for_previous();
   for (int i = threadIdx.x; i < gridDim.x; i += kThreads) most = max_abs(most, p.most[blockIdx.y * gridDim.x + i]);
   most = block_max(most) * (1.f / kFp8Max);
   float const scale = most < kScaleFloor ? kScaleFloor : most, inverse = __frcp_rn(scale);  // NaN stays
@@ -195,6 +202,8 @@ __global__ void __launch_bounds__(kThreads) quantize_v(Problem const p) {
 template <class X>
 __global__ void __launch_bounds__(kThreads) widen_fp8(uint8_t const* x, float const* scale, X* out, int64_t sample) {
   int64_t const at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kColumns, b = blockIdx.y;
+  start_next();
+  wait_for_previous();
   if (at >= sample) return;
   uint2 const raw = __ldg(reinterpret_cast<uint2 const*>(x + b * sample + at));
   float const by = scale[b];
@@ -211,10 +220,7 @@ __global__ void __launch_bounds__(kThreads) widen_fp8(uint8_t const* x, float co
 
 template <class X, bool kFp8>
 int launch(Problem const& p, int64_t blocks, cudaStream_t stream) {
-  auto const run = [&](auto* kernel) {
-    kernel<<<unsigned(blocks), kThreads, 0, stream>>>(p);
-    return cuda_status(cudaGetLastError());
-  };
+  auto const run = [&](auto* kernel) { return launch_early(kernel, unsigned(blocks), kThreads, stream, p); };
   switch (p.d) {
     case 16:
       return run(norm_rope<X, 2, kFp8>);
@@ -234,9 +240,8 @@ int launch(Problem const& p, int64_t blocks, cudaStream_t stream) {
 template <class X>
 int launch_fp8(Problem const& p, int batch, cudaStream_t stream) {
   dim3 const grid(unsigned((p.tokens + kTokens - 1) / kTokens), unsigned(batch));
-  largest_v<X><<<grid, kThreads, 0, stream>>>(p);
-  quantize_v<X><<<grid, kThreads, 0, stream>>>(p);
-  if (int const failed = cuda_status(cudaGetLastError())) return failed;
+  if (int const failed = launch_early(largest_v<X>, grid, kThreads, stream, p)) return failed;
+  if (int const failed = launch_early(quantize_v<X>, grid, kThreads, stream, p)) return failed;
   return launch<X, true>(p, int64_t(batch) * p.tokens, stream);
 }
 
@@ -244,9 +249,8 @@ template <class X>
 int launch_widen(void const* x, float const* scale, void* out, int batch, int64_t sample, cudaStream_t stream) {
   int64_t const blocks = (sample / kColumns + kThreads - 1) / kThreads;
   if (sample % kColumns || blocks > INT32_MAX) return kUnknownShape;
-  widen_fp8<X><<<dim3(unsigned(blocks), unsigned(batch)), kThreads, 0, stream>>>(static_cast<uint8_t const*>(x), scale,
-                                                                                static_cast<X*>(out), sample);
-  return cuda_status(cudaGetLastError());
+  return launch_early(widen_fp8<X>, dim3(unsigned(blocks), unsigned(batch)), kThreads, stream,
+                      static_cast<uint8_t const*>(x), scale, static_cast<X*>(out), sample);
 }
 
 constexpr int kMostSamples = 65535;  // blocks along y

@@ -12,6 +12,7 @@
 // Lost on an H200: butterflies with a transpose in shared memory, one bf16 term, interleaved panels, guards everywhere.
 // One block a row, one warp per 1024 columns, all in registers up to K = 16384; beyond, the warps loop twice over the
 // row.
+#include "launch.cuh"
 #include "rotation.cuh"
 
 #ifndef CONVROT_INPUT
@@ -427,18 +428,20 @@ template <class In, int kPrologue, bool kPrecise, int kMode>
 __global__ void __maxnreg__((registers<In, kPrologue, kPrecise, kMode>))
     rotate_quantize(__grid_constant__ Problem const p, int runs) {
   __shared__ float shared[6][32];
-  row_of_block<In, kPrologue, kPrecise, kMode>(p, shared).run_all(runs);
+  start_next();
+  auto const row = row_of_block<In, kPrologue, kPrecise, kMode>(p, shared);
+  wait_for_previous();
+  row.run_all(runs);
 }
 
 template <class In, int kPrologue, bool kPrecise>
 int launch(Problem const& p, int rows, cudaStream_t stream) {
   int const runs = (p.k + kRun - 1) / kRun, threads = 32 * (runs < kMaxWarps ? runs : kMaxWarps);
   bool const whole = sizeof(In) == 2 && p.k % kRun == 0 && p.seam % kRun == 0;
-  if (runs > kMaxWarps) rotate_quantize<In, kPrologue, kPrecise, kStream><<<rows, threads, 0, stream>>>(p, runs);
-  else if (whole)
-    rotate_quantize<In, kPrologue, kPrecise, sizeof(In) == 2 ? kFull : kGuarded><<<rows, threads, 0, stream>>>(p, runs);
-  else rotate_quantize<In, kPrologue, kPrecise, kGuarded><<<rows, threads, 0, stream>>>(p, runs);
-  return cuda_status(cudaGetLastError());
+  auto const run = [&](auto* kernel) { return launch_early(kernel, rows, threads, stream, p, runs); };
+  if (runs > kMaxWarps) return run(rotate_quantize<In, kPrologue, kPrecise, kStream>);
+  if (whole) return run(rotate_quantize<In, kPrologue, kPrecise, sizeof(In) == 2 ? kFull : kGuarded>);
+  return run(rotate_quantize<In, kPrologue, kPrecise, kGuarded>);
 }
 
 template <class In, int kPrologue>

@@ -8,6 +8,8 @@
 //
 // bias, gate and residual may be null: bias and residual are then -0.0f and gate 1.0f, which change no bit of y.
 #pragma once
+#define CUTLASS_ENABLE_GDC_FOR_SM90 1  // launch.cuh's two calls, in CUTLASS's kernel
+#include "launch.cuh"
 #include "sm90_epilogue.cuh"
 
 #include <array>
@@ -109,7 +111,7 @@ int launch(Call const& call, MakeArguments make_arguments, cudaStream_t stream) 
     if (status != kOk) return status;
     ready.fetch_or(bit);
   }
-  if (Gemm::run(entry.params, stream) == cutlass::Status::kSuccess) return kOk;
+  if (Gemm::run(entry.params, stream, nullptr, starts_early()) == cutlass::Status::kSuccess) return kOk;
   int const status = cuda_status(cudaGetLastError());
   return status == kOk ? int(kInitialize) : status;
 }

@@ -9,6 +9,7 @@
 // operands, so that each lane uses the bytes as they were loaded.
 // K % 32 == 0, rows contiguous and 16-byte aligned: the launcher pads.
 //
+// Weights that meet one x, wherever they lie, share a launch: FLUX.1-dev's 76 modulations in 522 us, one by one in 806.
 // N = 18432, K = 3072, M = 1 on an H200: codes 9.8 us, bf16 values 12.5 us, torch.matmul 30.5 us. Lost there: a ring of
 // asynchronous copies (14.0, 18.2), x as int8 digits with one exponent a row (12.8 for values, 20.8 at M = 8), one tile a
 // warp (11.0, 14.3), unbiased nibbles (9.5, 13.1). Taking the 24 of a nibble (gemv_fragments.cuh) off at the end, as 24

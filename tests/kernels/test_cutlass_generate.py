@@ -79,6 +79,19 @@ def test_kernels_synchronize_and_allocate_nothing(source: str) -> None:
     )
 
 
+@pytest.mark.parametrize("source", ["rotate_quantize.cu", "norm_rope.cu"])
+def test_kernels_that_are_launched_early_wait_before_they_read(source: str) -> None:
+    text = re.sub(r"//.*", "", (build.HERE / "csrc" / source).read_text())
+    kernels = re.findall(r"__global__ .*?\n}\n", text, re.S)
+    assert len(kernels) == text.count("__global__")
+    assert "<<<" not in text
+    for kernel in kernels:
+        before, wait, _ = kernel.partition("wait_for_previous();")
+        assert wait
+        assert "start_next();" in before
+        assert not re.search(r"load|__ldg|\bp\.", before.partition("{")[2])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("cutlass_cppgen") is None, reason="needs nvidia-cutlass")
 @_by_name(NATIVE)

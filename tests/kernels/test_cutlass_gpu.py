@@ -150,6 +150,41 @@ def test_many_weights_at_once_are_summed_as_each_alone(m: int, dtype: torch.dtyp
         assert_equal(out, torch.cat(alone, dim=-1))
 
 
+@pytest.mark.parametrize("m", [17, 512, 4608])
+def test_kernels_that_start_early_wait_for_what_they_read_and_overwrite(m: int) -> None:
+    """A chain in which every kernel reads the one before and takes memory that an earlier one has just left."""
+    k, heads = 3072, 24
+    weights = [prepare_weight(pack_int4(make_codes(k, k, device="cuda", seed=i)), BLOCKS) for i in range(3)]
+    scale = torch.full((k,), 1 / (4.3 * k**0.5), device="cuda")
+    ones, tables, gate = (
+        torch.ones(2, 128, device="cuda"),
+        torch.rand(2, m, 128, device="cuda"),
+        torch.full((k,), 0.5).cuda(),
+    )
+
+    def chain(pause: Callable[[], object]) -> list[Tensor]:
+        x, seen = make_inputs(1, m, k, device="cuda"), []
+        for i in range(40):
+            codes, row_scale = cutlass.rotate_quantize(x)
+            pause()
+            y = cutlass.scaled_mm(codes, weights[i % 3], row_scale, scale, b_layout=BLOCKS)
+            pause()
+            q, _ = cutlass.norm_rope(torch.stack((y, x), 2).view(1, m, 2 * k), *ones, *tables)
+            pause()
+            codes, row_scale = cutlass.rotate_quantize_gelu(q.view(1, m, heads * 128))
+            pause()
+            del q, y
+            x = cutlass.scaled_mm_gate_residual(
+                codes, weights[(i + 1) % 3], row_scale, scale, None, gate, x, b_layout=BLOCKS
+            )
+            pause()
+            seen.append(x.sum(-1))
+        return [*seen, x]
+
+    for early, alone in zip(chain(lambda: None), chain(torch.cuda.synchronize), strict=True):
+        assert_equal(early, alone)
+
+
 def test_two_runs_a_side_stream_and_a_captured_graph_agree(problem: Problem) -> None:
     a, b, a_scale, b_scale, bias = problem(300, 512, 1024)
     packed = prepare_weight(pack_int4(b), BLOCKS)

@@ -59,6 +59,8 @@ def _more(rows: Rows) -> str:
     first, more = rows[0], []
     if "over_plain" in first:
         more.append(f"{median(r['over_plain'] for r in rows):.2f} times the plain op")
+    if "apart_us" in first:
+        more.append(f"{median(r['apart_us'] for r in rows):.0f} us apart")
     if "our_l2" in first:
         more.append(f"relative error {first['our_l2']:.3f}, theirs {first['baseline_l2']:.3f}")
     if "bits_per_weight" in first:

@@ -2,7 +2,7 @@
 
 Fused are: q, k, v (and the single block's proj_mlp) as one product of one quantized input; LayerNorm and modulation,
 GELU and the concatenation before proj_out in the quantizer; gate and residual in the product after them; RMSNorm and
-rotary embedding of q and k; both modulations of a double block. Attention goes through diffusers' dispatcher.
+rotary embedding of q and k; the modulations of all blocks of a step. Attention goes through diffusers' dispatcher.
 
 A class here is diffusers' own with another forward, and bears its name: configs, compile_repeated_blocks and caches
 know blocks by their names. A LoRA adds its low-rank terms to the fused products. Wherever another adapter, a hook,

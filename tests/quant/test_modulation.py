@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,49 @@ def test_blocks_elsewhere_are_left_out(flux: nn.Module, run: Run, products: list
         double.vectors(embedding, None)
         single.vectors(embedding, None)
     assert products == [2]  # both single blocks
+
+
+def test_blocks_with_a_forward_of_somebody_s_are_left_out(flux: nn.Module, run: Run, products: list[int]) -> None:
+    expected = run(flux)
+    block = flux.get_submodule("transformer_blocks.1")
+    vars(block)["forward"] = type(block).forward.__get__(block)
+    assert_equal(run(flux), expected)
+    assert products == [2]
+
+
+def test_compiled_blocks_are_handed_nothing_that_a_hook_might_change(flux: nn.Module, run: Run) -> None:
+    def louder(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"temb": 2 * kwargs["temb"]}
+
+    plain = run(flux)
+    flux.get_submodule(SINGLE).register_forward_pre_hook(louder, with_kwargs=True)
+    expected = run(flux)
+    assert not torch.equal(expected, plain)
+    flux.compile_repeated_blocks(backend="eager")
+    for _ in range(2):
+        assert_equal(run(flux), expected)
+
+
+def test_an_embedding_that_was_written_to_unseen_is_read_again(flux: nn.Module) -> None:
+    blocks = [*flux.transformer_blocks, *flux.single_transformer_blocks]
+    with torch.inference_mode():
+        embedding = torch.randn(1, blocks[0].norm1.linear.in_features)
+        for _ in range(3):
+            embedding.normal_()
+            for block in blocks:
+                assert_equal(block.vectors(embedding, None)[0], block.modulated_by().alone(embedding)[0])
+
+
+def test_an_embedding_keeps_no_block_alive(flux: nn.Module, run: Run) -> None:
+    run(flux)
+    embedding = torch.randn(1, flux.get_submodule(SINGLE).norm.linear.in_features)
+    with torch.no_grad():
+        for name in (DOUBLE, SINGLE):
+            flux.get_submodule(name).vectors(embedding, None)
+    modulations, block = flux.get_submodule(DOUBLE)._modulations, weakref.ref(flux.get_submodule(DOUBLE))
+    flux.transformer_blocks = nn.ModuleList()
+    assert block() is None
+    assert modulations._made[embedding].vectors is not None
 
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

@@ -14,6 +14,8 @@ from convrot_quant.linear import ConvLinear4bit, Side, Terms, terms
 from convrot_quant.lora import unwrapped
 from convrot_quant.stack import Stack
 
+STREAMS = {"hidden_states", "encoder_hidden_states", "temb"}  # diffusers' models pass them by name
+
 
 class Opened(NamedTuple):
     """Linears without the LoRA around them, and the low-rank terms that each is to get."""
@@ -91,13 +93,15 @@ class FusedBlock(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiled = not torch.compiler.is_compiling() and self._compiled_call_impl is not None
-        if compiled and not args and "forward" not in vars(self) and not torch.is_grad_enabled():
+        # not where somebody may change the arguments on their way
+        untouched = "forward" not in vars(self) and len(self._forward_pre_hooks) == 0
+        if compiled and untouched and kwargs.keys() >= STREAMS and not torch.is_grad_enabled():
             kwargs = self.handed(**kwargs) | kwargs
         return super().__call__(*args, **kwargs)
 
-    def handed(self, *, temb: Tensor, **others: Any) -> dict[str, Tensor | None]:
+    def handed(self, **arguments: Any) -> dict[str, Tensor | None]:
         """More arguments for a compiled forward: what it would have to make once more, for it sees no other block."""
-        return {"vectors": self._modulations.of(self, temb)}
+        return {"vectors": self._modulations.of(self, arguments["temb"])}
 
     def has_hooks(self) -> bool:
         """Whether a hook is on a module inside, which a fused forward would not call.

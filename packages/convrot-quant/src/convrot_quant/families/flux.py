@@ -173,11 +173,10 @@ class FluxSingleTransformerBlock(FusedBlock, diffusers_flux.FluxSingleTransforme
         text = encoder_hidden_states.shape[1]
         return x[:, :text], x[:, text:]
 
-    def handed(
-        self, *, hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Any
-    ) -> dict[str, Tensor | None]:
+    def handed(self, **arguments: Any) -> dict[str, Tensor | None]:
         """Also the row, which is there after another single block."""
-        return super().handed(**others) | {"row": _in_a_row(encoder_hidden_states, hidden_states)}
+        row = _in_a_row(arguments["encoder_hidden_states"], arguments["hidden_states"])
+        return super().handed(**arguments) | {"row": row}
 
     def _attended(self, projection: Tensor, image_rotary_emb: Any) -> tuple[Tensor, Tensor]:
         """q, k, v and the MLP's hidden values (B, S, 3 C + 4 C) -> attention's output (B, S, C), hidden (B, S, 4 C)."""

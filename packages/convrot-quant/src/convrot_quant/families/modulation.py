@@ -3,8 +3,8 @@
 The second fused block that meets an embedding makes those of all blocks that are known from steps before, in one
 product: reading FLUX.1-dev's 1.6 GB in one launch takes less than reading them in 57. The first makes its own, so that
 the GPU has a block to work at while the host prepares. What cannot be made ahead (a layer with an adapter or in 16
-bits, weights that are elsewhere, code that trains or is compiled as a whole) each block makes for itself, to the same
-bits.
+bits, weights that are or may be elsewhere, code that trains or is compiled as a whole) each block makes for itself, to
+the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class _Moment(NamedTuple):
     """When something was made of an embedding: it holds for as long as nothing of this changes."""
 
     version: int
-    captured: bool  # in a CUDA graph, where it has values only once that is replayed, and for its replays
+    captured: bool  # in a CUDA graph: it has values only once that is replayed (blocks captured apart: run them before)
 
 
 @dataclass
@@ -78,9 +78,10 @@ class _Made:
     """Of one embedding, and with it gone."""
 
     moment: _Moment
-    first: Block  # that met it
+    first: ReferenceType[Any]  # the block that met it
     operands: dict[Scheme, Operand]
-    vectors: dict[Block, Tensor] | None = None  # of all other blocks, until they take theirs; None: not made yet
+    # of all other blocks, until they take theirs; None: not made yet
+    vectors: WeakKeyDictionary[Any, Tensor] | None = None
 
 
 class Modulations:
@@ -98,10 +99,13 @@ class Modulations:
         made: _Made | None = self._made.get(embedding)
         if made is not None and moment.captured and not made.moment.captured:
             return None  # who captures a block alone may write to its embedding between replays
-        if made is None or made.moment != moment:
-            made = self._made[embedding] = _Made(moment, block, {})
+        # met by its first block again, it may hold something else: not every write counts as one
+        if made is None or made.moment != moment or made.first() is block:
+            made = self._made[embedding] = _Made(moment, ref(block), {})
         elif made.vectors is None:
-            made.vectors = _of_all([b for b in self._blocks if b is not made.first], embedding, made.operands)
+            known = [reference() for reference in self._blocks.keyrefs()]  # at once: other threads may add to them
+            others = [other for other in known if other is not None and other is not made.first()]
+            made.vectors = WeakKeyDictionary(_of_all(others, embedding, made.operands))
         # once: a block that runs again on an embedding may have other weights by then
         vectors = None if made.vectors is None else made.vectors.pop(block, None)
         if vectors is None and (layers := block.modulated_by()).are_plain() and layers.lie_on(embedding.device):
@@ -121,7 +125,8 @@ def _of_all(blocks: Sequence[Block], embedding: Tensor, operands: dict[Scheme, O
     runs: dict[_Kind, list[tuple[Block, int, Part]]] = {}
     for block in blocks:
         layers = block.modulated_by()
-        if not (layers.are_plain() and layers.lie_on(embedding.device)):
+        # whoever hangs a forward of his own on a block may be copying its weights to where they seem to lie already
+        if "forward" in vars(block) or not (layers.are_plain() and layers.lie_on(embedding.device)):
             continue
         width = layers.linears[0].out_features // layers.of_each
         for i, part in enumerate(layers.stack.parts(layers.linears)):

@@ -78,7 +78,7 @@ def plain_stages(monkeypatch):
 # the survey
 
 
-OF_ATTENTION = {"norm_rope_fp8", "norm_rope_joint_fp8", "attention_fp8"}  # which have a case of their own
+APART = {"norm_rope_fp8", "norm_rope_joint_fp8", "attention_fp8", "scaled_mm_cat"}  # which have cases of their own
 
 
 def test_survey_command_measures_every_other_public_op(tmp_path, few, monkeypatch):
@@ -90,7 +90,7 @@ def test_survey_command_measures_every_other_public_op(tmp_path, few, monkeypatc
     rows = load([out])
     schemas = {schema.partition("(")[0] for schema in public.SCHEMAS}
     measured = {r["case"].removeprefix("survey/") for r in rows if r["case"].startswith("survey/")}
-    assert measured == schemas - OF_ATTENTION | {"prepare_weight", "restore_weight"}
+    assert measured == schemas - APART | {"prepare_weight", "restore_weight"}
     assert all(key in r for r in rows for key in REQUIRED)
     assert all(is_extra(r) for r in rows)
     assert rows[0]["case"] == "ceiling/copy"

@@ -56,6 +56,7 @@ BODIES = {
     "convrot_low_rank_down": "int c = a16 * a17; fill(a22, a18, c, a19, c);",
     "convrot_low_rank_up": "char* to = (char*)a0; int n[] = {a8, a9, a10, a11}, c[] = {a12, a13, a14, a15}; "
     "for (int i = 0; i < a20; ++i) fill(a27, to + 2 * c[i], a1, a26, n[i]);",
+    "convrot_gemv_joined": "int n = 0; for (int i = 0; i < a0; ++i) n += ((int*)a4)[i]; fill(a11, a10, a12, a13, n);",
     "convrot_gemv": "fill(a13, a12, a14, a15, a16);",
     "convrot_rotate_quantize": "int c = a18 ? a15 / 2 : a15; fill<char>(a12, c, a14, c, 1), fill(0, a13, 1, a14, 1);",
 }

@@ -3,14 +3,23 @@
 And what the tests of several GPU backends share: random products, and their comparison with reference.
 """
 
+import shutil
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from convrot_kernels import pack_int4, prepare_weight, reference
+from convrot_kernels.backends.cutlass import library
 from convrot_kernels.testing import assert_equal, make_codes, make_scale
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -102,3 +111,38 @@ def assert_product(problem: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
         assert_equal(scaled_mm(a, b, a_scale, b_scale, some_bias, out_dtype, b_layout=layout), expected)
 
     return check
+
+
+@cache
+def _why_no_cuda_on_cpu() -> str:
+    if shutil.which("g++") is None:
+        return "g++ is not on PATH"
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout.strip()
+    return "" if int(version.partition(".")[0]) >= 12 else f"_Float16 in C++ needs g++ 12, found {version}"
+
+
+@pytest.fixture(scope="module")
+def on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The module's SOURCE, a file of csrc/, compiled for this CPU."""
+    if why_not := _why_no_cuda_on_cpu():
+        pytest.skip(why_not)
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        import cuda_on_cpu
+    finally:
+        sys.path.pop(0)
+    source = request.module.SOURCE
+    path = tmp_path_factory.mktemp("on_cpu") / f"{source}.so"
+    cuda_on_cpu.compile_for_cpu(source, path)
+    return cuda_on_cpu.OnCpu(path)
+
+
+@pytest.fixture
+def cpu_kernels(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The library's functions, none of them called yet; that one is, a test has to see to."""
+    monkeypatch.setattr(library, "of", lambda device: ("sm_90a", on_cpu))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    on_cpu.names.clear()
+    yield on_cpu
+    assert on_cpu.names, "something else computed"

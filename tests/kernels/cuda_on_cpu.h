@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/low_rank.cu asks for, on a CPU: a fiber a thread, one block after the other. Lanes of a warp meet
+// As much of CUDA as csrc/low_rank.cu and gemv.cu ask for, on a CPU: a fiber a thread, one block after the other. Lanes of a warp meet
 // where they exchange something, the threads of a block where they synchronize; who never comes is found out.
 #pragma once
 #include <ucontext.h>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __noinline__
@@ -40,6 +41,9 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr int cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return 0; }
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, int) { return 0; }
 
 inline float __uint_as_float(uint32_t bits) {
   float value;
@@ -51,6 +55,19 @@ inline uint32_t __float_as_uint(float value) {
 }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  uint64_t const both = x | uint64_t(y) << 32;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return out;
+}
+inline uint32_t __vsub4(uint32_t a, uint32_t b) {
+  uint32_t out = 0;
+  for (int i = 0; i < 32; i += 8) out |= uint32_t(uint8_t((a >> i) - (b >> i))) << i;
+  return out;
+}
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { _Float16 value; };
@@ -63,6 +80,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 }
 inline float __half2float(__half v) { return float(v.value); }
 inline __half __float2half_rn(float v) { return {_Float16(v)}; }
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline __nv_bfloat16 __float2bfloat16_rz(float v) { return {uint16_t(__float_as_uint(v) >> 16)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float __low2float(__nv_bfloat162 v) { return __bfloat162float(v.x); }
+inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }
 inline float2 __half22float2(__half2 v) { return {float(v.x.value), float(v.y.value)}; }
 
 namespace on_cpu {
@@ -110,12 +133,21 @@ inline void run_fiber() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
+// what a block's threads share beyond its variables
+template <class T>
+T* dynamic_shared() {
+  static uint4 memory[128 << 10 >> 4];
+  return reinterpret_cast<T*>(memory);
+}
+
 inline void launch(dim3 grid, int threads, std::function<void()> kernel) {
   body = std::move(kernel);
   for (block_at.y = 0; block_at.y < grid.y; ++block_at.y) {
     for (block_at.x = 0; block_at.x < grid.x; ++block_at.x) {
-      fibers = std::vector<Fiber>(threads), warps.assign(threads / kLanes, {}), block = {};
+      if (int(fibers.size()) != threads) fibers = std::vector<Fiber>(threads);
+      warps.assign(threads / kLanes, {}), block = {};
       for (Fiber& fiber : fibers) {
+        fiber.done = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = kStack;
         makecontext(&fiber.context, run_fiber, 0);
@@ -157,6 +189,33 @@ void ld_global_nc_L1__no_allocate_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, 
   std::memcpy(&v, at, 16), x = v.x, y = v.y, z = v.z, w = v.w;
 }
 
+inline void lop3_b32(uint32_t& to, uint32_t a, uint32_t b, uint32_t c) { to = (a & b) ^ c; }  // 0x6A
+template <class T>
+void ld_global_nc_L1__no_allocate_v2_u32(uint32_t& x, uint32_t& y, T const* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8) std::fprintf(stderr, "not aligned\n"), std::abort();
+  uint2 v;
+  std::memcpy(&v, at, 8), x = v.x, y = v.y;
+}
+
+// m16n8k32 of bytes: as below, four a word
+inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int& d0, int& d1, int& d2, int& d3, uint32_t a0, uint32_t a1,
+                                                            uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  auto& mine = exchanged[warp()];
+  uint32_t const all[] = {a0, a1, a2, a3, b0, b1};
+  std::copy(all, all + 6, mine[lane()]);
+  meet_warp();
+  int const g = lane() / 4, t = lane() % 4;
+  int* const d[] = {&d0, &d1, &d2, &d3};
+  for (int i = 0; i < 4; ++i) {
+    int const row = g + i / 2 * 8, column = 2 * t + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      uint32_t const a = mine[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2], b = mine[column * 4 + k % 16 / 4][4 + k / 16];
+      *d[i] += int(int8_t(a >> 8 * (k % 4))) * int8_t(b >> 8 * (k % 4));
+    }
+  }
+  meet_warp();
+}
+
 // m16n8k16: lane 4g + t holds rows g and g + 8 of A, column g of B, columns 2t and 2t + 1 of C
 template <bool kHalf>
 void mma(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -190,6 +249,9 @@ void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(T&&... operands) { mma<
 struct Index {
   struct { operator unsigned() const { return current; } } x;
 };
+struct BlockSize {
+  struct { operator unsigned() const { return unsigned(fibers.size()); } } x;
+};
 struct BlockIndex {
   struct { operator unsigned() const { return block_at.x; } } x;
   struct { operator unsigned() const { return block_at.y; } } y;
@@ -199,6 +261,7 @@ struct BlockIndex {
 
 static on_cpu::Index threadIdx;
 static on_cpu::BlockIndex blockIdx;
+static on_cpu::BlockSize blockDim;
 
 inline void __syncthreads() { on_cpu::meet(on_cpu::block, int(on_cpu::fibers.size())); }
 inline float __shfl_xor_sync(uint32_t, float v, int mask) {
@@ -214,3 +277,5 @@ T __ldg(T const* at) {
   if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) std::fprintf(stderr, "not aligned\n"), std::abort();
   return *at;
 }
+template <class T>
+T __ldcs(T const* at) { return __ldg(at); }

@@ -1,4 +1,4 @@
-"""csrc/low_rank.cu as plain C++: what its threads compute can be tested without a GPU (test_low_rank_on_cpu.py).
+"""CUDA C++ of csrc/ as plain C++: what its threads compute can be tested without a GPU (test_*_on_cpu.py).
 
 Its text is translated, headers included: an asm statement becomes a call of the function in cuda_on_cpu.h that bears
 the instruction's name, a launch one of `launch`. What a GPU does beyond that, timing above all, stays the GPU's.
@@ -14,8 +14,9 @@ from convrot_kernels.backends.cutlass import build, library
 
 SHIM = Path(__file__).parent / "cuda_on_cpu.h"
 ASM = re.compile(r'asm(?: volatile)?\(((?:"[^"]*"|[^";])*)\);')
-OPERAND = re.compile(r'"[=+]?\w"\(((?:[^()]|\([^()]*\))*)\)')
-LAUNCH = re.compile(r"([\w<>, ]+)<<<(.+), ([\w* ]+), 0, stream>>>\(p\);")
+OPERAND = re.compile(r'"[=+]?\w"\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)')
+LAUNCH = re.compile(r"([\w<>:, ]+)<<<(.+), ([\w* ]+), \w+, (?:static_cast<cudaStream_t>\()?stream\)?>>>\(([^;]*)\);")
+SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 KNOWN = set(re.findall(r"^(?:inline )?void (\w+)\(", SHIM.read_text(), re.MULTILINE))
 
 
@@ -30,7 +31,8 @@ def translated(text: str) -> str:
     """CUDA C++ -> C++, with the headers of ours that it includes."""
     text = re.sub(r'#include "([^"]+)"', lambda m: translated((build.HERE / "csrc" / m[1]).read_text()), text)
     text = re.sub(r"#include <cuda\w*\.h>|#pragma (once|unroll.*)", "", text)
-    return LAUNCH.sub(r"on_cpu::launch(\2, \3, [&] { \1(p); });", ASM.sub(_called, text))
+    text = SHARED.sub(r"auto* const \2 = on_cpu::dynamic_shared<\1>();", ASM.sub(_called, text))
+    return LAUNCH.sub(r"on_cpu::launch(\2, \3, [&] { \1(\4); });", text)
 
 
 def compile_for_cpu(name: str, target: Path) -> None:

@@ -1,12 +1,5 @@
 """The term kernels of the compiled library against the reference, lane by lane on a CPU (cuda_on_cpu.py)."""
 
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,42 +8,9 @@ from torch import Tensor
 
 from convrot_kernels import reference
 from convrot_kernels.backends import cutlass
-from convrot_kernels.backends.cutlass import library
 from convrot_kernels.testing import assert_equal, make_inputs
 
-
-def _why_not() -> str:
-    if shutil.which("g++") is None:
-        return "g++ is not on PATH"
-    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout.strip()
-    return "" if int(version.partition(".")[0]) >= 12 else f"_Float16 in C++ needs g++ 12, found {version}"
-
-
-WHY_NOT = _why_not()
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        import cuda_on_cpu
-    finally:
-        sys.path.pop(0)
-    path = tmp_path_factory.mktemp("on_cpu") / "low_rank.so"
-    cuda_on_cpu.compile_for_cpu("low_rank", path)
-    return cuda_on_cpu.OnCpu(path)
-
-
-@pytest.fixture
-def kernels(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The library's functions, none of them called yet; that one is, a test has to see to."""
-    monkeypatch.setattr(library, "of", lambda device: ("sm_90a", compiled))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    compiled.names.clear()
-    yield compiled
-    assert compiled.names, "something else computed"
+SOURCE = "low_rank"
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -83,7 +43,7 @@ DOWN = [*((torch.bfloat16, *shape) for shape in SHAPES), *((torch.float16, *shap
 
 @pytest.mark.parametrize("kind", ["none", "gelu", "modulate", "cat_gelu"])
 @pytest.mark.parametrize(("dtype", "rows", "k", "ranks"), DOWN)
-def test_down(kernels: Any, dtype: torch.dtype, rows: int, k: int, ranks: tuple[int, ...], kind: str) -> None:
+def test_down(cpu_kernels: Any, dtype: torch.dtype, rows: int, k: int, ranks: tuple[int, ...], kind: str) -> None:
     x = make_inputs(2, rows, k + 24).to(dtype)[..., 16 : 16 + k]  # rows further apart than they are long
     options: dict[str, Any] = {}
     if kind == "gelu":
@@ -99,7 +59,7 @@ def test_down(kernels: Any, dtype: torch.dtype, rows: int, k: int, ranks: tuple[
 
 
 @pytest.mark.parametrize("vectors", ["one sample", "all alike", "whole blocks", "fp32", "each its own dtype"])
-def test_down_with_vectors_of_any_kind(kernels: Any, vectors: str) -> None:
+def test_down_with_vectors_of_any_kind(cpu_kernels: Any, vectors: str) -> None:
     b, rows = 1 if vectors == "one sample" else 3, 32 if vectors == "whole blocks" else 11
     x, down = make_inputs(b, rows, 520), [_random(24, 520) / 16]
     scale, shift = _random(2, 520, seed=1) if vectors == "all alike" else _random(2, b, 520, seed=1)
@@ -111,7 +71,7 @@ def test_down_with_vectors_of_any_kind(kernels: Any, vectors: str) -> None:
     _assert_projected(cutlass.low_rank_down(x, down, **options), x, down, **options)
 
 
-def test_down_of_rows_whose_squares_leave_fp32_and_of_broken_rows(kernels: Any) -> None:
+def test_down_of_rows_whose_squares_leave_fp32_and_of_broken_rows(cpu_kernels: Any) -> None:
     x, down = make_inputs(1, 6, 512), [torch.eye(16, 512).bfloat16()]
     x[0, 1] *= 1e25
     x[0, 3, 7] = float("nan")
@@ -126,7 +86,7 @@ def test_down_of_rows_whose_squares_leave_fp32_and_of_broken_rows(kernels: Any) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gate", ["none", "each sample", "all alike"])
 @pytest.mark.parametrize(("rows", "r"), [(1, 4), (37, 8), (70, 16), (33, 28), (130, 64)])
-def test_up(kernels: Any, rows: int, r: int, gate: str, dtype: torch.dtype) -> None:
+def test_up(cpu_kernels: Any, rows: int, r: int, gate: str, dtype: torch.dtype) -> None:
     sizes, columns, alpha = [(264, r), (8, r), (72, r)], [8, 272, 288], [1.0, -0.5, 2.0]
     up = [_random(*size, dtype=dtype, seed=i) / 8 for i, size in enumerate(sizes)]
     gates = {"none": None, "each sample": _random(2, 376, seed=4), "all alike": _random(376, seed=4).float()}[gate]
@@ -138,4 +98,4 @@ def test_up(kernels: Any, rows: int, r: int, gate: str, dtype: torch.dtype) -> N
     _assert_close(whole, expected, 1e-5)
     for untouched in (slice(0, 16), slice(288, 296), slice(368, 400)):
         assert_equal(whole[..., untouched], before[..., untouched])
-    assert kernels.names == ["convrot_low_rank_up"]
+    assert cpu_kernels.names == ["convrot_low_rank_up"]

@@ -54,7 +54,7 @@ MANY = [16, 48, *[16] * 63]  # more than a launch takes
 def test_many_weights_at_once_are_summed_as_each_alone(
     cpu_kernels: Any, m: int, widths: list[int], coded: bool, form: tuple[int, str]
 ) -> None:
-    k, (bits, layout) = 96, form
+    k, (bits, layout) = 64, form
     a, a_scale = (make_codes(m, k), make_scale(m)) if coded else (make_inputs(m, k), None)
     members = [
         (_weight(n, k, bits, layout), make_scale(n, seed=i), torch.full((n,), float(i))) for i, n in enumerate(widths)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convrot_kernels import scaled_mm_cat
 from convrot_kernels.testing import assert_equal
-from convrot_quant import QuantConfig, quantize_
+from convrot_quant import QuantConfig, fuse_, quantize_
 from convrot_quant.families import modulation
 from convrot_quant.families.modulation import Modulations
 from convrot_quant.linear import Side
@@ -24,15 +24,23 @@ Run = Callable[..., Tensor]
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
 
 
-@pytest.fixture
-def flux(make_flux: Flux) -> nn.Module:
-    """Two double and two single blocks, fused, whose modulation matters."""
+@pytest.fixture(scope="module")
+def quantized(make_flux: Flux) -> nn.Module:
+    """Two double and two single blocks whose modulation matters."""
     model = make_flux(2, 2)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "norm" in name and "linear" in name:
             nn.init.normal_(parameter, std=0.05)
-    quantize_(model, progress=False)
+    quantize_(model, progress=False, fuse=False)
+    return model
+
+
+@pytest.fixture
+def flux(quantized: nn.Module) -> nn.Module:
+    """The same, fused."""
+    model = copy.deepcopy(quantized)
+    fuse_(model)
     return model
 
 

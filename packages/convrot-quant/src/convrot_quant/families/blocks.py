@@ -92,12 +92,14 @@ class FusedBlock(nn.Module):
         return (self.modulated_by().alone(embedding) if given is None else given).unbind(0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        compiled = not torch.compiler.is_compiling() and self._compiled_call_impl is not None
-        # not where somebody may change the arguments on their way
-        untouched = "forward" not in vars(self) and len(self._forward_pre_hooks) == 0
-        if compiled and untouched and kwargs.keys() >= STREAMS and not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and self._compiled_call_impl is not None and self._hands_over(kwargs):
             kwargs = self.handed(**kwargs) | kwargs
         return super().__call__(*args, **kwargs)
+
+    def _hands_over(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a compiled forward is handed more: not where somebody may change the arguments on their way."""
+        untouched = "forward" not in vars(self) and not self._forward_pre_hooks
+        return untouched and arguments.keys() >= STREAMS and not torch.is_grad_enabled()
 
     def handed(self, **arguments: Any) -> dict[str, Tensor | None]:
         """More arguments for a compiled forward: what it would have to make once more, for it sees no other block."""
